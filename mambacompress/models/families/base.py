@@ -1,0 +1,230 @@
+"""Adoption: a host's stock mixers replaced, on the instance, by ours holding the same parameters.
+
+A family says how its mixer is configured (``build``) and where each parameter sits in the stock layout (``names``; shapes
+that differ hold the same numbers in the same order, e.g. conv [E, 1, K] and [E, K]). From these follow adoption (the very
+same storage, no copy), bit-identical write-back, and the stock name of every tensor of an adopted host, by which a
+checkpoint is read block by block.
+
+Adoption proves itself: a small random instance of the same configuration must agree with the stock module in fp64, in one
+shot, step by step and left-padded; and the first real mixer must agree on its real weights. Nothing is guessed from key
+names: a configuration that is not known raises and names the mixer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mambacompress.errors import UserError
+from mambacompress.models.mixers import Mixer, MixerState, S6Mixer, SSDMixer
+from mambacompress.models.modelmap import RESIDUAL, Block, ModelMap, Site, Stream
+
+
+class Hosted(Mixer):
+    """Speaks transformers' calling convention: mixer(hidden, cache_params=None, attention_mask=None) -> hidden.
+
+    The cache keeps K conv inputs as [B, channels, K], ours K-1 as [B, K-1, channels].
+    """
+
+    layer_idx: int
+
+    def forward(self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None,
+                **_: Any) -> Tensor:
+        state = None if cache_params is None else self._read(cache_params)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -hidden_states.shape[1]:]
+        y_BLD, state = self.mix(hidden_states, state, attention_mask)
+        if cache_params is not None and state is not None:
+            self._write(cache_params, state)
+        return y_BLD
+
+    def _read(self, cache: Any) -> MixerState | None:
+        layer = cache.layers[self.layer_idx]
+        if layer.record_past:
+            raise UserError("this model cannot roll back its state, which assisted generation asks for",
+                            "generate without an assistant model")
+        if not layer.has_previous_state[0]:
+            return None
+        return MixerState(layer.conv_states[0][..., 1:].transpose(1, 2), layer.recurrent_states[0])
+
+    def _write(self, cache: Any, state: MixerState) -> None:
+        window_BEK = F.pad(state.conv.transpose(1, 2), (1, 0))
+        cache.update_conv_state(window_BEK, self.layer_idx, conv_kernel_size=window_BEK.shape[-1])
+        cache.update_recurrent_state(state.ssm, self.layer_idx)
+
+
+class HostedS6(Hosted, S6Mixer):
+    """S6Mixer inside a transformers model."""
+
+
+class HostedSSD(Hosted, SSDMixer):
+    """SSDMixer inside a transformers model."""
+
+
+class Family:
+    """One host family. Subclasses set ``model_type`` and ``names`` (ours -> stock, within a mixer) and ``build``."""
+
+    model_type: str
+    names: dict[str, str]
+
+    def build(self, config: Any, layer_idx: int) -> Hosted:
+        """Our mixer for this layer, on the current default device. Raises UserError for a configuration not known."""
+        raise TypeError(f"{type(self).__name__} does not say how its mixer is built")
+
+    def stock_mixer(self, config: Any, layer_idx: int) -> nn.Module:
+        """An empty stock mixer."""
+        raise TypeError(f"{type(self).__name__} does not say what its stock mixer is")
+
+    def shrink(self, config: Any) -> Any:
+        """A small configuration with the same switches, for the proof."""
+        raise TypeError(f"{type(self).__name__} does not say how its configuration shrinks")
+
+    # -- adoption and write-back -------------------------------------------------------------------------------------
+
+    def adopt_mixer(self, stock: nn.Module, config: Any, layer_idx: int) -> Hosted:
+        with torch.device("meta"):
+            ours = self.build(config, layer_idx)
+        ours.layer_idx = layer_idx
+        ours.train(stock.training)
+        remaining = dict(stock.named_parameters())
+        for our_name, parameter in list(ours.named_parameters()):
+            source = remaining.pop(self.names[our_name])
+            _assign(ours, our_name, source, parameter.shape)
+        if remaining:
+            raise UserError(f"layer {layer_idx}: the mixer {type(stock).__name__} has parameters this version does not know: "
+                            f"{', '.join(sorted(remaining))}", "report the model; nothing was changed")
+        return ours
+
+    def restore_mixer(self, ours: Hosted, config: Any) -> nn.Module:
+        with torch.device("meta"):
+            stock = self.stock_mixer(config, ours.layer_idx)
+        shapes = {name: parameter.shape for name, parameter in stock.named_parameters()}
+        for our_name, parameter in ours.named_parameters():
+            if our_name not in self.names:
+                raise UserError(f"layer {ours.layer_idx}: {our_name} has no place in the stock mixer",
+                                "save the compressed model as an artifact instead")
+            stock_name = self.names[our_name]
+            _assign(stock, stock_name, parameter, shapes.pop(stock_name))
+        if shapes:
+            raise UserError(f"layer {ours.layer_idx}: no float weights for {', '.join(sorted(shapes))}; packed layers cannot be "
+                            "written back", "save the compressed model as an artifact instead")
+        for name, buffer in list(stock.named_buffers()):
+            if buffer.is_meta:  # weightless norms: constant ones
+                parent, _, leaf = name.rpartition(".")
+                setattr(stock.get_submodule(parent), leaf, nn.Buffer(torch.ones(buffer.shape), persistent=False))
+        return stock.train(ours.training)
+
+    def stock_name(self, our_name: str) -> str:
+        """The stock name of a tensor of an adopted host."""
+        head, found, tail = our_name.partition(".mixer.")
+        return f"{head}.mixer.{self.names[tail]}" if found else our_name
+
+    # -- the map -----------------------------------------------------------------------------------------------------
+
+    def model_map(self, host: Any) -> ModelMap:
+        """The map of an adopted transformers language model."""
+        blocks = [Block.of(i, f"backbone.layers.{i}", module) for i, module in enumerate(host.backbone.layers)]
+        config = host.config
+        return ModelMap(
+            host=host, family=self.model_type, blocks=blocks,
+            embedding=Site("embed", "embedding", host, "backbone.embeddings", writes=RESIDUAL,
+                           layout="embedding"),
+            final_norm=host.backbone.norm_f, final_norm_path="backbone.norm_f",
+            head=Site("head", "head", host, "lm_head", reads=RESIDUAL),
+            tied=bool(config.tie_word_embeddings), residual=Stream(RESIDUAL, config.hidden_size))
+
+    # -- proof -------------------------------------------------------------------------------------------------------
+
+    def prove(self, config: Any) -> float:
+        """Compare with the stock mixer in fp64 on a small random instance; returns the worst relative difference.
+
+        Raises UserError naming the mixer where they differ by more than 1e-9 in one shot, step by step or left-padded.
+        """
+        small = self.shrink(copy.deepcopy(config))
+        worst = 0.0
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            for layer_idx in range(2):
+                stock = self.stock_mixer(small, layer_idx)
+                _randomise(stock)
+                stock = stock.double().eval()
+                ours = self.adopt_mixer(stock, small, layer_idx)
+                x_BLD = torch.randn(2, 7, small.hidden_size, dtype=torch.float64)
+                expected = stock(x_BLD)
+                one_shot = ours(x_BLD)
+                state, steps = None, []
+                for t in range(7):
+                    y_B1D, state = ours.mix(x_BLD[:, t : t + 1], state)
+                    steps.append(y_B1D)
+                mask = torch.ones(2, 7)
+                mask[0, :3] = 0
+                pairs = {"in one shot": (one_shot, expected), "step by step": (torch.cat(steps, 1), expected)}
+                if getattr(ours.in_proj, "bias", None) is None:
+                    # With an input bias the stock mixer lets padding into its state; ours does not.
+                    pairs["left-padded"] = (ours(x_BLD, attention_mask=mask)[0, 3:], stock(x_BLD, attention_mask=mask)[0, 3:])
+                for how, (got, want) in pairs.items():
+                    difference = ((got - want).abs().max() / want.abs().max()).item()
+                    if not difference < 1e-9:
+                        raise UserError(f"our mixer and {type(stock).__name__} differ by {difference:.1e} {how}: this version "
+                                        f"of transformers computes something else", "report the model and the version")
+                    worst = max(worst, difference)
+        return worst
+
+    def check_real(self, stock: nn.Module, ours: Hosted) -> None:
+        """The first real mixer must agree with ours on its real weights."""
+        weight = ours.in_proj.weight
+        if weight.is_meta:
+            return
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            x_BLD = torch.randn(1, 5, weight.shape[1]).to(weight)
+            got, want = ours(x_BLD).float(), stock(x_BLD).float()
+        tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2
+        difference = ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+        if not difference < tolerance:
+            raise UserError(f"layer {ours.layer_idx}: our mixer and {type(stock).__name__} differ by {difference:.1e} on the real "
+                            "weights", "check the checkpoint for NaN or Inf weights")
+
+
+def adopt_host(family: Family, host: Any, *, prove: bool = True) -> ModelMap:
+    """Replace every stock mixer of ``host`` in place; a host already adopted is only mapped."""
+    layers = host.backbone.layers
+    if not isinstance(layers[0].mixer, Hosted):
+        if prove:
+            family.prove(host.config)
+        for i, layer in enumerate(layers):
+            ours = family.adopt_mixer(layer.mixer, host.config, i)
+            if i == 0:
+                family.check_real(layer.mixer, ours)
+            layer.mixer = ours
+    return family.model_map(host)
+
+
+def restore_host(family: Family, host: Any) -> Any:
+    """Put stock mixers back, bit for bit; returns the host."""
+    for layer in host.backbone.layers:
+        if isinstance(layer.mixer, Hosted):
+            layer.mixer = family.restore_mixer(layer.mixer, host.config)
+    return host
+
+
+def _assign(root: nn.Module, name: str, source: Tensor, shape: torch.Size) -> None:
+    parent_path, _, leaf = name.rpartition(".")
+    parent = root.get_submodule(parent_path)
+    shared = source if source.shape == shape else nn.Parameter(source.data.view(shape), requires_grad=source.requires_grad)
+    setattr(parent, leaf, shared)
+
+
+def _randomise(mixer: nn.Module) -> None:
+    for name, parameter in mixer.named_parameters():
+        spread = 0.5 if parameter.dim() > 1 else 0.3
+        parameter.data.normal_(0.0, spread)
+        if name.endswith("norm.weight"):
+            parameter.data.add_(1.0)
+
+
+__all__ = ["Family", "Hosted", "HostedS6", "HostedSSD", "adopt_host", "restore_host"]
