@@ -1,0 +1,1 @@
+"""Peers side by side, speed and quality tables: one command each."""
