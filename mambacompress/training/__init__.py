@@ -1,0 +1,1 @@
+"""Training: a small language-model trainer and the passes that need gradients."""
