@@ -1,0 +1,1 @@
+"""Other runtimes, measured on the same token ids, windows and machine."""
