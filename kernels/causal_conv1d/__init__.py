@@ -1,0 +1,42 @@
+"""causal_conv1d: the short depthwise convolution in front of the scan, with its activation and its state.
+
+Legend: B batch, L tokens, E channels, K width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mambacompress.kernels.causal_conv1d.reference import causal_conv1d_reference
+
+
+def causal_conv1d(
+    x_BLE: Tensor, weight_EK: Tensor, bias_E: Tensor | None = None, *, activation: bool = True,
+    act_scale_E: Tensor | None = None, initial_state: Tensor | None = None, seq_idx_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution over tokens, then y * sigmoid(act_scale * y) where ``activation``.
+
+    x: [B, L, E], any L >= 0; weight: [E, K]; bias, act_scale: [E]. initial_state: [B, K-1, E], the inputs before the first
+    token (zeros where None). seq_idx: [B, L]; taps do not reach over a change. Returns (y [B, L, E] in x's dtype, the last
+    K-1 inputs [B, K-1, E]). Raises ValueError where shapes do not fit.
+    """
+    check_shapes(x_BLE, weight_EK, bias_E, act_scale_E, initial_state, seq_idx_BL)
+    return causal_conv1d_reference(x_BLE, weight_EK, bias_E, activation=activation, act_scale_E=act_scale_E,
+                                   initial_state=initial_state, seq_idx_BL=seq_idx_BL)
+
+
+def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, act_scale: Tensor | None, state: Tensor | None,
+                 seq_idx: Tensor | None) -> None:
+    """Raise ValueError, naming the tensor, where shapes do not fit x [B, L, E] and weight [E, K]."""
+    if x.dim() != 3 or weight.dim() != 2:
+        raise ValueError(f"causal_conv1d wants x [B, L, E] and weight [E, K], not {tuple(x.shape)} and {tuple(weight.shape)}")
+    batch, length, channels = x.shape
+    wanted = {"weight": (weight, (channels, weight.shape[1])), "bias": (bias, (channels,)),
+              "act_scale": (act_scale, (channels,)), "initial_state": (state, (batch, weight.shape[1] - 1, channels)),
+              "seq_idx": (seq_idx, (batch, length))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"causal_conv1d: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+__all__ = ["causal_conv1d", "causal_conv1d_reference"]

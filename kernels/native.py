@@ -1,0 +1,123 @@
+"""The native library: one shared object behind a plain C ABI, built from every ``kernels/*/cpu.cpp``, loaded with ctypes.
+
+No torch or Python headers, so it is independent of both versions. Built at install when there is a compiler, or by
+
+    python -m mambacompress.kernels.native build
+
+Without it every op runs its torch reference, and ``why_not()`` says so in one line. Built without -ffast-math and with
+contraction off: the same arithmetic in prefill and in decode, at any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+         "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi")
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+LEVELS = ("portable", "avx2", "avx512")
+BUILD_COMMAND = "python -m mambacompress.kernels.native build"
+
+
+def package_folder() -> Path:
+    """The folder of the installed package, where the shared object lies."""
+    spec = importlib.util.find_spec("mambacompress")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the package mambacompress is not importable")
+    return Path(spec.origin).parent
+
+
+def sources() -> list[Path]:
+    """Every native source, in a fixed order."""
+    return sorted(Path(__file__).parent.glob("*/cpu.cpp"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None (then ``why_not`` says why)."""
+    return _load()[0]
+
+
+def why_not() -> str:
+    """Why there is no native library, in one line; '' where there is one."""
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if os.environ.get("MAMBACOMPRESS_NATIVE") == "0":
+        return None, "native code switched off by MAMBACOMPRESS_NATIVE=0"
+    found = sorted(package_folder().glob("_native*.so"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        return None, f"no native library was built (no C++ compiler at install?); build it with: {BUILD_COMMAND}"
+    try:
+        return ctypes.CDLL(str(found[-1])), ""
+    except OSError as failure:
+        return None, f"the native library does not load ({failure}); rebuild it with: {BUILD_COMMAND}"
+
+
+@functools.cache
+def function(name: str, argument_types: tuple[Any, ...], result: Any = None) -> Callable[..., Any]:
+    """A C function of the library with its types declared."""
+    lib = library()
+    if lib is None:
+        raise RuntimeError(why_not())
+    if not hasattr(lib, name):
+        raise RuntimeError(f"the native library is older than the package (no {name}); rebuild it with: {BUILD_COMMAND}")
+    entry = getattr(lib, name)
+    entry.argtypes = list(argument_types)
+    entry.restype = result
+    return entry
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """The address of a tensor's first element; None stays None (a null pointer)."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def level() -> str:
+    """The instruction set the library dispatches to: portable, avx2 or avx512."""
+    return LEVELS[function("mc_level", (), ctypes.c_int)()]
+
+
+def force_level(name: str | None) -> None:
+    """Dispatch to a lower level (tests and doctor); None returns to the best one of this machine."""
+    if name is not None and name not in LEVELS:
+        raise ValueError(f"unknown level {name!r}; known: {', '.join(LEVELS)}")
+    got = function("mc_force_level", (ctypes.c_int,), ctypes.c_int)(-1 if name is None else LEVELS.index(name))
+    if name is not None and got != LEVELS.index(name):
+        raise ValueError(f"this processor has no {name}")
+
+
+def build(target: Path | None = None) -> Path:
+    """Compile the library in place and return its path. Raises RuntimeError with the compiler's message."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler found: install g++ or clang, or set CXX")
+    target = target or package_folder() / "_native.so"
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    command = [compiler, *FLAGS, f"-I{Path(__file__).parent}", *map(str, sources()), "-o", str(beside)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"the native library does not compile with {compiler}:\n{done.stderr.strip()}")
+    if done.stderr:
+        sys.stderr.write(done.stderr)
+    beside.replace(target)
+    return target
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["build"]:
+        sys.exit(f"usage: {BUILD_COMMAND}")
+    print(build())

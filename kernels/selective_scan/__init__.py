@@ -1,0 +1,81 @@
+"""selective_scan: the recurrence of Mamba-1 over a sequence, forward and backward, from any state.
+
+Legend: B batch, L tokens, E channels, N d_state, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mambacompress.kernels.selective_scan.reference import selective_scan_reference
+
+
+@dataclass(frozen=True)
+class ScanScales:
+    """What int8 inputs of the scan are multiplied by: a number, or a tensor that broadcasts over the last axes; None = float.
+
+    dt's scale applies before the bias and softplus.
+    """
+
+    u: Tensor | float | None = None
+    dt: Tensor | float | None = None
+    B: Tensor | float | None = None
+    C: Tensor | float | None = None
+    z: Tensor | float | None = None
+
+
+def selective_scan(
+    u_BLE: Tensor, dt_BLE: Tensor, A_EN: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_E: Tensor | None = None,
+    z_BLE: Tensor | None = None, dt_bias_E: Tensor | None = None, *, dt_softplus: bool = True,
+    z_scale_E: Tensor | None = None, initial_state_BEN: Tensor | None = None, reverse: bool = False,
+    window: int | None = None, seq_idx_BL: Tensor | None = None, scales: ScanScales | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt A) h_{t-1} + dt B u;  y = C . h + D u, times z * sigmoid(z_scale * z) where z is given.
+
+    u, dt, z: [B, L, E]; B, C: [B, L, G, N] with E divisible by G; A: [E, N], the *negative* real matrix; D, dt_bias, z_scale:
+    [E]. dt = softplus(dt + dt_bias) where ``dt_softplus``. initial_state: [B, E, N], zeros where None. reverse: from the last
+    token to the first. window: K of the locally bi-directional scan. seq_idx: [B, L]; the state restarts from zero where it
+    changes. scales: the tensors it names are int8.
+
+    Returns (y [B, L, E] in u's dtype, fp32 for int8; the state after the last token read [B, E, N], fp32 or fp64).
+    Raises ValueError where shapes do not fit, TypeError where int8 comes without scales.
+    """
+    check_shapes(u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, z_scale_E, initial_state_BEN, seq_idx_BL)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, not {window}")
+    check_scales({"u": u_BLE, "dt": dt_BLE, "B": B_BLGN, "C": C_BLGN, "z": z_BLE}, scales)
+    return selective_scan_reference(
+        u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, dt_softplus=dt_softplus, z_scale_E=z_scale_E,
+        initial_state_BEN=initial_state_BEN, reverse=reverse, window=window, seq_idx_BL=seq_idx_BL, scales=scales)
+
+
+def check_shapes(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+                 dt_bias: Tensor | None, z_scale: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> None:
+    """Raise ValueError, naming the tensor, where shapes do not fit u [B, L, E] and A [E, N]."""
+    if u.dim() != 3 or A.dim() != 2 or B.dim() != 4:
+        raise ValueError(f"selective_scan wants u [B, L, E], A [E, N] and B [B, L, G, N], not {tuple(u.shape)}, "
+                         f"{tuple(A.shape)} and {tuple(B.shape)}")
+    batch, length, channels = u.shape
+    states, groups = A.shape[1], B.shape[2]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"selective_scan: {channels} channels do not divide into {groups} groups")
+    wanted = {"dt": (dt, (batch, length, channels)), "A": (A, (channels, states)), "B": (B, (batch, length, groups, states)),
+              "C": (C, (batch, length, groups, states)), "D": (D, (channels,)), "z": (z, (batch, length, channels)),
+              "dt_bias": (dt_bias, (channels,)), "z_scale": (z_scale, (channels,)),
+              "initial_state": (state, (batch, channels, states)), "seq_idx": (seq_idx, (batch, length))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def check_scales(tensors: dict[str, Tensor | None], scales: ScanScales | None) -> None:
+    """Raise TypeError where an int8 tensor has no scale."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype == torch.int8 and getattr(scales, name, None) is None:
+            raise TypeError(f"selective_scan: {name} is int8 and has no scale; pass scales=ScanScales({name}=...)")
+
+
+__all__ = ["ScanScales", "selective_scan", "selective_scan_reference"]

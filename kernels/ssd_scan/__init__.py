@@ -1,0 +1,50 @@
+"""ssd_scan: the recurrence of Mamba-2 over a sequence, from any state.
+
+Legend: B batch, L tokens, H heads, P head_dim, G groups, N d_state.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mambacompress.kernels.ssd_scan.reference import ssd_scan_reference, ssd_scan_sequential
+
+
+def ssd_scan(
+    x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_H: Tensor | None = None,
+    dt_bias_H: Tensor | None = None, *, dt_softplus: bool = True, dt_limit: tuple[float, float] = (0.0, float("inf")),
+    chunk_size: int = 256, initial_state_BHPN: Tensor | None = None, seq_idx_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt A) h_{t-1} + dt x B^T;  y = h C + D x.
+
+    x: [B, L, H, P]; dt: [B, L, H]; A, D, dt_bias: [H], A negative; B, C: [B, L, G, N] with H divisible by G.
+    dt = clamp(softplus(dt + dt_bias), *dt_limit). initial_state: [B, H, P, N], zeros where None. seq_idx: [B, L]; the state
+    restarts from zero where it changes. Returns (y [B, L, H, P] in x's dtype, final state [B, H, P, N], fp32 or fp64).
+    Raises ValueError where shapes do not fit.
+    """
+    check_shapes(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, initial_state_BHPN, seq_idx_BL)
+    if chunk_size < 1:
+        raise ValueError(f"ssd_scan: chunk_size must be at least 1, not {chunk_size}")
+    return ssd_scan_reference(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, dt_softplus=dt_softplus,
+                              dt_limit=dt_limit, chunk_size=chunk_size, initial_state_BHPN=initial_state_BHPN,
+                              seq_idx_BL=seq_idx_BL)
+
+
+def check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+                 state: Tensor | None, seq_idx: Tensor | None) -> None:
+    """Raise ValueError, naming the tensor, where shapes do not fit x [B, L, H, P] and B [B, L, G, N]."""
+    if x.dim() != 4 or B.dim() != 4:
+        raise ValueError(f"ssd_scan wants x [B, L, H, P] and B [B, L, G, N], not {tuple(x.shape)} and {tuple(B.shape)}")
+    batch, length, heads, head_dim = x.shape
+    groups, states = B.shape[2:]
+    if groups < 1 or heads % groups:
+        raise ValueError(f"ssd_scan: {heads} heads do not divide into {groups} groups")
+    wanted = {"dt": (dt, (batch, length, heads)), "A": (A, (heads,)), "B": (B, (batch, length, groups, states)),
+              "C": (C, (batch, length, groups, states)), "D": (D, (heads,)), "dt_bias": (dt_bias, (heads,)),
+              "initial_state": (state, (batch, heads, head_dim, states)), "seq_idx": (seq_idx, (batch, length))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"ssd_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+__all__ = ["ssd_scan", "ssd_scan_reference", "ssd_scan_sequential"]
