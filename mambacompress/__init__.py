@@ -1,3 +1,77 @@
-"""mambacompress: compression and quantization of Mamba models."""
+"""mambacompress: compression and quantization of Mamba models.
+
+    import mambacompress as mc
+
+    model = mc.load("path/or/hub-name")                      # a float model on our mixers; "demo" is embedded
+    out = mc.quantize(model, recipe="w8a8", calibration=texts)
+    out.save("model-w8a8")
+    model = mc.load("model-w8a8")                            # runs the packed weights
+
+``load``, ``load_tokenizer``   a model, float or compressed, and its tokenizer
+``quantize`` (``compress``)    a recipe's passes over a model, into an artifact
+``inspect``                    the plan of a recipe: what it would do, what it refuses and why
+``generate``                   text or token ids, in a lean loop
+``evaluate``                   perplexity, divergence from the original, tasks, size and speed
+``verify``                     an artifact against its own manifest
+``load_recipe``, ``Recipe``    recipes as data
+``UserError``, ``CheckFailed`` what is raised when a request cannot work, or a result does not pass
+
+Names load on first use: importing the package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mambacompress.api import (
+        Compressed,
+        compress,
+        generate,
+        inspect,
+        load,
+        load_tokenizer,
+        quantize,
+        verify,
+    )
+    from mambacompress.errors import CheckFailed, UserError
+    from mambacompress.eval import evaluate
+    from mambacompress.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
+
+_HOME = {
+    **dict.fromkeys(("Compressed", "compress", "generate", "inspect", "load", "load_tokenizer", "quantize", "verify"), "api"),
+    **dict.fromkeys(("CheckFailed", "UserError"), "errors"),
+    **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
+    "evaluate": "eval",
+}
+
+__all__ = [
+    "CheckFailed",
+    "Compressed",
+    "Recipe",
+    "UserError",
+    "compress",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "load_recipe",
+    "load_tokenizer",
+    "quantize",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

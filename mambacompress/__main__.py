@@ -1,0 +1,5 @@
+"""``python -m mambacompress``."""
+
+from mambacompress.cli import main
+
+main()

@@ -1,0 +1,36 @@
+"""``mambacompress doctor``."""
+
+from __future__ import annotations
+
+import platform
+
+import typer
+
+from mambacompress.errors import CheckFailed
+
+
+def doctor() -> None:
+    """Check this installation: versions, which kernels run here and why, every op against its reference.
+
+    **Example**
+
+    `mambacompress doctor`
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    from mambacompress.cli import render
+    from mambacompress.kernels import registry
+
+    typer.echo(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in ("mambacompress", "torch", "transformers", "safetensors", "triton", "lm_eval"):
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} is not installed")
+    results = registry.check_all()
+    render.checks(results)
+    wrong = [result.op for result in results if not result.ok]
+    if wrong:
+        raise CheckFailed(f"{', '.join(wrong)} disagree with their reference on this machine",
+                          "reinstall, or force the reference kernels and report the output above")
+    typer.echo(f"All {len(results)} ops agree with their reference.")
