@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("Compressed", "compress", "generate", "inspect", "load", "load_tokenizer", "quantize", "verify"), "api"),
+    **dict.fromkeys(
+        ("Compressed", "compress", "generate", "inspect", "load", "load_tokenizer", "quantize", "verify"), "api"
+    ),
     **dict.fromkeys(("CheckFailed", "UserError"), "errors"),
     **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
     "evaluate": "eval",

@@ -1,11 +1,12 @@
 """Calibration and training text, offline first.
 
-Three sources: files the user names (``read_texts``), the source of Python's own standard library, which lies on every machine
-(``stdlib_texts``: the demo needs no network and no data file), and lists of strings from a program. A tokenizer turns them
-into fixed windows (``token_windows``), one long row (``encode``) or an endless training stream (``training_batches``).
+Three sources: files the user names (``read_texts``), the source of Python's own standard library, which lies on every
+machine (``stdlib_texts``: the demo needs no network and no data file), and lists of strings from a program. A tokenizer
+turns them into fixed windows (``token_windows``), one long row (``encode``) or an endless training stream
+(``training_batches``).
 
-The held-out split of the standard library goes by a hash of the module's dotted name, so that a module stays on its side
-whatever the Python version; what a version adds or drops changes only that module.
+The held-out split of the standard library goes by a hash of the module's dotted name, so that a module stays on its
+side whatever the Python version; what a version adds or drops changes only that module.
 
 Everything here is deterministic: the same texts, tokenizer and seed give the same tokens.
 
@@ -37,18 +38,20 @@ SUFFIXES = (".txt", ".jsonl")
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 TOKENIZER_MARKS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
-# Left out of the standard library's text: tests, what distributions package apart or versions dropped, and files that are tables.
-NOT_TEXT = frozenset(
-    "test tests idlelib lib2to3 tkinter turtledemo turtle distutils ensurepip pydoc_data encodings msilib lib-dynload "
-    "site-packages dist-packages __pycache__ __phello__ _pyrepl _ios_support _android_support".split()
-)
+# Left out of the standard library's text: tests, what distributions package apart or versions dropped, and files that
+# are tables.
+NOT_TEXT = frozenset((
+    "test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "turtle", "distutils", "ensurepip", "pydoc_data",
+    "encodings", "msilib", "lib-dynload", "site-packages", "dist-packages", "__pycache__", "__phello__", "_pyrepl",
+    "_ios_support", "_android_support",
+))  # fmt: skip
 
 
 def read_texts(paths: str | Path | Iterable[str | Path]) -> list[str]:
     """The documents of text files, in order.
 
-    paths: one file or several; .txt (one document) or .jsonl (an object a line, its field ``text`` is the document), plain
-    or compressed as .xz or .gz. Blank documents are dropped.
+    paths: one file or several; .txt (one document) or .jsonl (an object a line, its field ``text`` is the document),
+    plain or compressed as .xz or .gz. Blank documents are dropped.
 
     Raises UserError for a file that is missing, of another kind, damaged, not UTF-8, or without any text.
     """
@@ -75,7 +78,9 @@ def _read_file(path: Path) -> list[str]:
         near = did_you_mean(path.name, [other.name for other in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise UserError(f"there is no file {path}{near}", "check the path")
     if kind not in SUFFIXES:
-        raise UserError(f"{path} is neither .txt nor .jsonl (nor their .xz or .gz)", "convert it, or rename it to what it is")
+        raise UserError(
+            f"{path} is neither .txt nor .jsonl (nor their .xz or .gz)", "convert it, or rename it to what it is"
+        )
     try:
         with OPENERS.get(packed, open)(path, "rt", encoding="utf-8") as stream:
             whole = stream.read()
@@ -96,16 +101,20 @@ def _documents(path: Path, whole: str) -> list[str]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"line {number} of {path} is not JSON: {error}", "repair the line: one JSON object a line") from error
+            raise UserError(
+                f"line {number} of {path} is not JSON: {error}", "repair the line: one JSON object a line"
+            ) from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            has = f"its fields are {', '.join(map(repr, row)) or 'none'}" if isinstance(row, dict) else "it is no object"
+            has = (
+                f"its fields are {', '.join(map(repr, row)) or 'none'}" if isinstance(row, dict) else "it is no object"
+            )
             raise UserError(f"line {number} of {path} has no string field 'text': {has}", "rename the field to 'text'")
         texts.append(row["text"])
     return texts
 
 
 def calibration_texts(source: str | Path | Sequence[str | Path]) -> list[str]:
-    """What a recipe's ``calibration.text`` names: ``demo`` is the standard library's training split, all else are files."""
+    """What ``calibration.text`` names: ``demo`` is the standard library's training split, all else are files."""
     return stdlib_texts("train") if source == DEMO else read_texts(source)
 
 
@@ -133,7 +142,8 @@ def stdlib_modules(root: Path | None = None) -> dict[str, Path]:
 def stdlib_texts(split: Split, root: Path | None = None) -> list[str]:
     """The source of Python's standard library, a document a module, sorted by module name.
 
-    split: ``train``, ``valid`` or ``test`` (see ``split_of``). Raises UserError where this Python came without its source.
+    split: ``train``, ``valid`` or ``test`` (see ``split_of``). Raises UserError where this Python came without its
+    source.
     """
     if split not in ("train", "valid", "test"):
         raise UserError(f"there is no split {split!r}", "name one of train, valid, test")
@@ -143,12 +153,14 @@ def stdlib_texts(split: Split, root: Path | None = None) -> list[str]:
             continue
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):  # a distribution's broken link, or one of the few files in another encoding
+        except (OSError, UnicodeDecodeError):  # a broken link, or one of the few files in another encoding
             continue
         if text.strip():
             texts.append(text)
     if sum(map(len, texts)) < 20_000:
-        raise UserError("this Python came without the source of its standard library", "name your own text with --text FILE")
+        raise UserError(
+            "this Python came without the source of its standard library", "name your own text with --text FILE"
+        )
     return texts
 
 
@@ -163,12 +175,14 @@ def load_tokenizer(directory: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         reason = str(error).strip().splitlines()
-        raise UserError(f"the tokenizer in {directory} cannot be read: {reason[0] if reason else type(error).__name__}",
-                        "copy the tokenizer files again") from error
+        raise UserError(
+            f"the tokenizer in {directory} cannot be read: {reason[0] if reason else type(error).__name__}",
+            "copy the tokenizer files again",
+        ) from error
 
 
 def encode(tokenizer: Any, texts: Iterable[str]) -> Tensor:
-    """All texts as one row of token ids, int64 [n], the end-of-text token between documents where the tokenizer has one."""
+    """All texts as one row of token ids, int64 [n], with the end-of-text token between them where there is one."""
     row: list[int] = []
     for ids in _ids(tokenizer, list(texts)):
         row += _joined(tokenizer, row, ids)
@@ -178,8 +192,9 @@ def encode(tokenizer: Any, texts: Iterable[str]) -> Tensor:
 def token_windows(tokenizer: Any, texts: Iterable[str], sequences: int, length: int, seed: int = 0) -> Tensor:
     """Windows of tokens drawn from all over the texts, int64 [sequences, length], none overlapping another.
 
-    Documents are cut into pieces of a few windows at line starts, the pieces shuffled by ``seed`` and tokenized until there
-    are enough. Raises UserError where the texts hold fewer than sequences x length tokens, saying how many they hold.
+    Documents are cut into pieces of a few windows at line starts, the pieces shuffled by ``seed`` and tokenized until
+    there are enough. Raises UserError where the texts hold fewer than sequences x length tokens, saying how many they
+    hold.
     """
     if sequences < 1 or length < 1:
         raise UserError(f"{sequences} sequences of {length} tokens is no request", "ask for at least one of each")
@@ -195,7 +210,8 @@ def token_windows(tokenizer: Any, texts: Iterable[str], sequences: int, length: 
     raise UserError(
         f"the text holds {len(row):,} tokens, {sequences} sequences of {length} need {needed:,}",
         f"give more text with --text, or ask for less: --set calibration.sequences={max(1, len(row) // length)}"
-        if len(row) >= length else f"give more text with --text: one sequence alone needs {length} tokens",
+        if len(row) >= length
+        else f"give more text with --text: one sequence alone needs {length} tokens",
     )
 
 
@@ -207,8 +223,10 @@ def training_batches(tokens: Tensor, batch: int, length: int, seed: int = 0, sta
     """
     per_epoch = (len(tokens) - length) // (batch * length)
     if per_epoch < 1:
-        raise UserError(f"the text holds {len(tokens):,} tokens, one batch of {batch} x {length} needs {(batch + 1) * length:,}",
-                        "give more text, or smaller batches")
+        raise UserError(
+            f"the text holds {len(tokens):,} tokens, one batch of {batch} x {length} needs {(batch + 1) * length:,}",
+            "give more text, or smaller batches",
+        )
     epoch, skip = divmod(start, per_epoch)
     while True:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -1,7 +1,7 @@
 """What a user did wrong, where, and the next step.
 
-Two kinds of failure reach a user. ``UserError``: the request or its input cannot work (exit code 2). ``CheckFailed``: the
-request ran and what came out does not pass its check (exit code 1). Everything else is a bug of ours and keeps its
+Two kinds of failure reach a user. ``UserError``: the request or its input cannot work (exit code 2). ``CheckFailed``:
+the request ran and what came out does not pass its check (exit code 1). Everything else is a bug of ours and keeps its
 traceback. A message is one sentence in the user's words; ``next_step`` says what to do about it.
 """
 
@@ -35,7 +35,7 @@ class CheckFailed(UserError):
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest of ``options``, or ``""`` where nothing is close. Append it to a message."""
+    """``"; did you mean 'x'?"`` for the closest of ``options``, to append to a message; ``""`` where none is close."""
     known = {option.lower(): option for option in options}
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.55)
     return f"; did you mean {known[close[0]]!r}?" if close else ""

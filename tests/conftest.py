@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def seeded() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +31,8 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of shared models and data: $MAMBACOMPRESS_SHARED, or ../shared beside the repository; skips without."""
+    """The folder of shared models and data: $MAMBACOMPRESS_SHARED, or ../shared beside the repository; skips without.
+    """
     path = Path(os.environ.get("MAMBACOMPRESS_SHARED", REPOSITORY.parent / "shared"))
     if not (path / "data").is_dir():
         pytest.skip(f"no shared data at {path}: set MAMBACOMPRESS_SHARED to a folder that holds data/ and models/")
@@ -44,8 +43,13 @@ def _host(kind: str, **overrides: Any) -> Any:
     import transformers
 
     common: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "num_hidden_layers": 2, "hidden_size": 32, "state_size": 8, "pad_token_id": 0,
-        "bos_token_id": 0, "eos_token_id": 0,
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "state_size": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
     }
     name = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba"}[kind]
     if kind == "mamba2":

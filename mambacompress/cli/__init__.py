@@ -12,7 +12,9 @@ import typer
 from mambacompress.cli import demo, doctor, evaluate, generate, inspect, quantize, report, verify
 from mambacompress.cli.command import Command, Greedy
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown", add_completion=False)
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown", add_completion=False
+)
 
 
 def _version(asked: bool) -> None:
@@ -25,7 +27,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Compress and quantize Mamba models, and measure what it cost.
 

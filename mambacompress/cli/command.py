@@ -14,11 +14,21 @@ from typer.core import TyperCommand
 
 from mambacompress.errors import CheckFailed, UserError
 
-Texts = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE...", help="Text: .txt or .jsonl, or their .xz or .gz.")]
+Texts = Annotated[
+    list[Path] | None, typer.Option("--text", metavar="FILE...", help="Text: .txt or .jsonl, or their .xz or .gz.")
+]
 Device = Annotated[str, typer.Option("--device", metavar="D", help="Where to compute: cpu, cuda, cuda:1, ...")]
-Overrides = Annotated[list[str] | None, typer.Option(
-    "--set", metavar="KEY=VALUE", help="Change the recipe: passes.quantize.group_size=32; passes.rotate=null takes a pass out.")]
-StrictKernels = Annotated[bool, typer.Option("--strict-kernels", help="Fail where an op would fall back to a slower kernel.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change the recipe: passes.quantize.group_size=32; passes.rotate=null takes a pass out.",
+    ),
+]
+StrictKernels = Annotated[
+    bool, typer.Option("--strict-kernels", help="Fail where an op would fall back to a slower kernel.")
+]
 
 
 class Interrupted(UserError):
@@ -79,8 +89,11 @@ def _fail(error: UserError) -> None:
 
 def _quiet() -> None:
     """Libraries keep their progress bars and advice to themselves; ours is the output."""
-    for name, value in (("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TRANSFORMERS_VERBOSITY", "error"),
-                        ("TOKENIZERS_PARALLELISM", "false")):
+    for name, value in (
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
         os.environ.setdefault(name, value)
 
 

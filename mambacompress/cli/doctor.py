@@ -31,6 +31,8 @@ def doctor() -> None:
     render.checks(results)
     wrong = [result.op for result in results if not result.ok]
     if wrong:
-        raise CheckFailed(f"{', '.join(wrong)} disagree with their reference on this machine",
-                          "reinstall, or force the reference kernels and report the output above")
+        raise CheckFailed(
+            f"{', '.join(wrong)} disagree with their reference on this machine",
+            "reinstall, or force the reference kernels and report the output above",
+        )
     typer.echo(f"All {len(results)} ops agree with their reference.")

@@ -12,10 +12,16 @@ from mambacompress.cli.command import Device, StrictKernels, Texts, kernels
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="DIR", help="Compressed directories, or models.")],
-    baseline: Annotated[str | None, typer.Option("--baseline", metavar="MODEL", help="The original they are compared with.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="MODEL", help="The original they are compared with.")
+    ] = None,
     text: Texts = None,
-    tasks: Annotated[list[str] | None, typer.Option("--tasks", metavar="T...", help="Packaged or hub lm-eval tasks, by name.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="REPORT_DIR", help="Where the report goes.")] = Path("report"),
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", metavar="T...", help="Packaged or hub lm-eval tasks, by name.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="REPORT_DIR", help="Where the report goes.")] = Path(
+        "report"
+    ),
     device: Device = "cpu",
     strict_kernels: StrictKernels = False,
 ) -> None:
@@ -34,5 +40,7 @@ def evaluate(
 
     names = [task for value in tasks or () for task in value.split(",") if task]
     with kernels(strict_kernels), render.progress("evaluate") as progress:
-        result = mc.evaluate(models, baseline=baseline, texts=text, tasks=names, out=out, device=device, progress=progress)
+        result = mc.evaluate(
+            models, baseline=baseline, texts=text, tasks=names, out=out, device=device, progress=progress
+        )
     render.evaluation(result, out)

@@ -12,7 +12,9 @@ from mambacompress.cli.quantize import Recipe
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model or a compressed directory, a hub name, or demo.")] = "demo",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model or a compressed directory, a hub name, or demo.")
+    ] = "demo",
     recipe: Recipe = "w8a8",
     overrides: Overrides = None,
 ) -> None:

@@ -15,11 +15,15 @@ Recipe = Annotated[str, typer.Option("--recipe", "-r", metavar="R", help="A reci
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub name, or demo.")] = "demo",
     recipe: Recipe = "w8a8",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="./MODEL-RECIPE")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="./MODEL-RECIPE")
+    ] = None,
     text: Texts = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
+    ] = False,
     device: Device = "cpu",
     strict_kernels: StrictKernels = False,
 ) -> None:
@@ -50,9 +54,18 @@ def quantize(
         calibration = read_texts(text)
     try:
         with kernels(strict_kernels), render.progress(f"{model} · {chosen.name}") as progress:
-            made = mc.quantize(model, recipe=chosen, calibration=calibration, out=target, resume=resume, device=device,
-                               progress=progress)
+            made = mc.quantize(
+                model,
+                recipe=chosen,
+                calibration=calibration,
+                out=target,
+                resume=resume,
+                device=device,
+                progress=progress,
+            )
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted, and {target} was not written",
-                          "run the same command with --resume to go on at the block it was in") from None
+        raise Interrupted(
+            f"interrupted, and {target} was not written",
+            "run the same command with --resume to go on at the block it was in",
+        ) from None
     render.compressed(made)

@@ -28,8 +28,14 @@ def _console() -> Console:
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar fed by (stage, done, total): the current stage, how many blocks are done, the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[stage]}"),
-               TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[stage]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None, stage="")
         seen = {"done": 0, "total": 0}
@@ -78,13 +84,17 @@ def plan(planned: Plan, title: str) -> None:
     console = _console()
     table = _table(title, "pass", "blocks", "target", "what", "bits", "at run time")
     for blocks, (name, target, what, online, bits) in _grouped(
-            planned.edits, lambda edit: (edit.pass_name, edit.target, edit.what, edit.online, edit.bits)):
-        table.add_row(*map(Text, (name, blocks, target, what, "" if bits is None else f"{bits:g}", "online" if online else "")))
+        planned.edits, lambda edit: (edit.pass_name, edit.target, edit.what, edit.online, edit.bits)
+    ):
+        table.add_row(
+            *map(Text, (name, blocks, target, what, "" if bits is None else f"{bits:g}", "online" if online else ""))
+        )
     console.print(table)
     if planned.refusals:
         refused = _table("\nRefused", "pass", "blocks", "target", "reason")
         for blocks, (name, target, reason) in _grouped(
-                planned.refusals, lambda refusal: (refusal.pass_name, refusal.target, refusal.reason)):
+            planned.refusals, lambda refusal: (refusal.pass_name, refusal.target, refusal.reason)
+        ):
             refused.add_row(*map(Text, (name, blocks, target, reason)))
         console.print(refused)
 
@@ -95,8 +105,16 @@ def manifest(made: dict[str, Any], title: str) -> None:
     table = _table(f"{title} · {made['recipe']['name']}", "block", "relative error", "kept")
     for name, record in sorted(made["records"].items()):
         kept = {key: value for key, value in record.items() if key != "error"}
-        table.add_row(*map(Text, (name, "" if "error" not in record else f"{record['error']:.3g}",
-                                  ", ".join(f"{key} {value}" for key, value in kept.items()))))
+        table.add_row(
+            *map(
+                Text,
+                (
+                    name,
+                    "" if "error" not in record else f"{record['error']:.3g}",
+                    ", ".join(f"{key} {value}" for key, value in kept.items()),
+                ),
+            )
+        )
     console.print(table)
     kinds: dict[str, int] = {}
     for spec in made["layout"].values():
@@ -111,9 +129,11 @@ def manifest(made: dict[str, Any], title: str) -> None:
 def _figures(made: dict[str, Any]) -> list[str]:
     stored = sum(file["bytes"] for name, file in made["files"].items() if name.endswith(".safetensors"))
     whole = sum(made["float_bytes"].values())
+    calibration = made["calibration"]
     return [
-        f"{made['coverage']:.1%} of the matrix bytes packed; {stored:,} bytes of tensors, {stored / whole:.3f} of the fp32 matrices",
-        f"perplexity on the {made['calibration']['tokens']:,} calibration tokens x {made['calibration']['perplexity_ratio']:.5f}",
+        f"{made['coverage']:.1%} of the matrix bytes packed",
+        f"{stored:,} bytes of tensors, {stored / whole:.3f} of the matrices in fp32",
+        f"perplexity on the {calibration['tokens']:,} calibration tokens x {calibration['perplexity_ratio']:.5f}",
     ]
 
 
@@ -123,7 +143,9 @@ def compressed(made: Compressed) -> None:
     console.print(Text(f"{made.directory}"))
     for line in _figures(made.manifest):
         console.print(Text(line))
-    console.print(Text(f"Next: mambacompress evaluate {made.directory} --baseline MODEL, or mc.load({str(made.directory)!r})"))
+    console.print(
+        Text(f"Next: mambacompress evaluate {made.directory} --baseline MODEL, or mc.load({str(made.directory)!r})")
+    )
 
 
 def evaluation(result: Any, out: Path) -> None:
@@ -139,6 +161,17 @@ def checks(results: Iterable[CheckResult]) -> None:
     """Every op: what runs here, how far it is from its reference, why."""
     table = _table("", "op", "backend", "", "error", "tolerance", "reason")
     for result in results:
-        table.add_row(*map(Text, (result.op, result.backend, "ok" if result.ok else "WRONG", f"{result.error:.2g}",
-                                  f"{result.tolerance:.2g}", result.reason)))
+        table.add_row(
+            *map(
+                Text,
+                (
+                    result.op,
+                    result.backend,
+                    "ok" if result.ok else "WRONG",
+                    f"{result.error:.2g}",
+                    f"{result.tolerance:.2g}",
+                    result.reason,
+                ),
+            )
+        )
     _console().print(table)

@@ -9,7 +9,9 @@ import typer
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="REPORT_DIR", help="What `evaluate --out` wrote.")] = Path("report"),
+    directory: Annotated[Path, typer.Argument(metavar="REPORT_DIR", help="What `evaluate --out` wrote.")] = Path(
+        "report"
+    ),
 ) -> None:
     """Render report.json again: report.md, and report.html with the accuracy-size plot (one file, works offline).
 

@@ -20,5 +20,5 @@ def verify(
     import mambacompress as mc
 
     counted = mc.verify(directory)
-    typer.echo(f"{directory} is whole: {counted['files']} files, {counted['bytes']:,} bytes, {counted['packed']} packed layers, "
-               f"{counted['coverage']:.1%} of the matrix bytes packed")
+    typer.echo(f"{directory} is whole: {counted['files']} files, {counted['bytes']:,} bytes")
+    typer.echo(f"{counted['packed']} packed layers, {counted['coverage']:.1%} of the matrix bytes")

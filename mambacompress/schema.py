@@ -1,0 +1,323 @@
+"""The schema of a recipe: calibration, an ordered list of passes with their configurations, checks.
+
+Every key is declared (``extra="forbid"``), every value is checked against its choices, and what cannot work together is
+refused here, before any model is looked at. Anything a recipe does not name stays as it is: no fold, no rotation, no
+packing. Loading, overrides and readable errors are in ``recipe``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+PERCENTILES = (99.9, 99.99, 99.999, 100.0)
+
+Weights = Literal["int8", "int4"]
+Activations = Literal["none", "int8-token", "int8-tensor", "int4-token", "int4-tensor"]
+TensorName = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "embedding", "head"]
+TENSORS: tuple[TensorName, ...] = get_args(TensorName)
+LINEARS: tuple[TensorName, ...] = ("in_proj", "x_proj", "dt_proj", "out_proj")
+
+# YAML reads a bare on/off as a boolean.
+Fold = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda v: {True: "on", False: "off"}.get(v, v) if isinstance(v, bool) else v),
+]
+
+
+class Strict(BaseModel):
+    """Frozen, and no key beyond the declared ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationConfig(Strict):
+    """text: ``demo`` (Python's standard library) or text files. sequences x length tokens are drawn with ``seed``."""
+
+    text: str | list[str] = "demo"
+    sequences: PositiveInt = 128
+    length: PositiveInt = 512
+    seed: int = 0
+
+
+class FuseNormsConfig(Strict):
+    """Fold every norm's weight into the linears that read it. Nothing to choose."""
+
+
+class SmoothConfig(Strict):
+    """Exact scale folds; auto: kept in a block only where it lowers the block's output error.
+
+    gate S2, norm_gate S2', conv S3, states S4, norm S1, dt S5, conv_in S7 (methods: smoothing). alphas: exponents
+    tried, the share of the activations' range that is moved into the weights.
+    """
+
+    gate: Fold = "off"
+    norm_gate: Fold = "off"
+    conv: Fold = "off"
+    states: Fold = "off"
+    norm: Fold = "off"
+    dt: Fold = "off"
+    conv_in: Fold = "off"
+    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((0.3, 0.5, 0.7), min_length=1)
+
+    @property
+    def folds(self) -> dict[str, str]:
+        """The folds asked for, name -> auto or on."""
+        return {name: value for name, value in self if name != "alphas" and value != "off"}
+
+
+class RotateConfig(Strict):
+    """Orthogonal changes of basis. residual R1 and dt R5 are free at run time; out R2 and x R6 are online transforms.
+
+    untie: give a tied head its own rotated weight instead of a small matrix before it (larger file).
+    """
+
+    residual: Literal["klt-hadamard", "hadamard", "random", "none"] = "none"
+    dt: Literal["klt-hadamard", "hadamard", "random", "none"] = "none"
+    out: Literal["hadamard", "none"] = "none"
+    x: Literal["hadamard", "none"] = "none"
+    seed: int = 0
+    untie: bool = False
+
+
+def _group_size(weights: str | None, group_size: int | None) -> None:
+    if group_size is not None and group_size % 2:
+        raise ValueError(f"group_size {group_size} is odd, and two 4-bit values share a byte")
+    if weights == "int8" and group_size is not None:
+        raise ValueError("int8 weights have one scale a row, group_size belongs to int4: set group_size to null")
+
+
+class MapOverride(Strict):
+    """What differs for one tensor; whatever is not named stays as ``quantize`` says (int8 always drops the group
+    size).
+    """
+
+    weights: Weights | None = None
+    group_size: PositiveInt | None = None
+    activations: Activations | None = None
+
+    @model_validator(mode="after")
+    def _legal(self) -> MapOverride:
+        _group_size(self.weights, self.group_size)
+        return self
+
+
+class MapFormat(Strict):
+    """How one tensor is stored and multiplied. group_size None: one scale a row."""
+
+    weights: Weights
+    group_size: int | None
+    activations: Activations
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.weights == "int4" else 8
+
+
+class QuantizeConfig(Strict):
+    """Packs weights and quantizes activations.
+
+    maps: which tensors; the rest stays float. overrides: per tensor. percentile: clipping points of static ranges that
+    are tried, ``auto`` for all of methods, a number for one. scan int8: static int8 u, B, C, z and dt into the scan as
+    well. scale_search: search each row's or group's clipping for the least error. bias_correction: add the mean error
+    to the bias.
+    """
+
+    weights: Weights = "int8"
+    group_size: PositiveInt | None = None
+    activations: Activations = "none"
+    maps: tuple[TensorName, ...] = Field(TENSORS, min_length=1)
+    overrides: dict[TensorName, MapOverride] = Field(default_factory=dict)
+    percentile: tuple[Annotated[float, Field(gt=50, le=100)], ...] = Field((100.0,), min_length=1)
+    scan: Literal["none", "int8"] = "none"
+    scale_search: bool = False
+    bias_correction: bool = False
+
+    @field_validator("percentile", mode="before")
+    @classmethod
+    def _candidates(cls, value: Any) -> Any:
+        if value == "auto":
+            return PERCENTILES
+        if isinstance(value, str):
+            raise ValueError(f"percentile {value!r} is neither auto, a number nor a list of numbers")
+        return value if isinstance(value, Sequence) else (value,)
+
+    @model_validator(mode="after")
+    def _legal(self) -> QuantizeConfig:
+        _group_size(self.weights, self.group_size)
+        unused = set(self.overrides) - set(self.maps)
+        if unused:
+            raise ValueError(f"overrides name {', '.join(sorted(unused))}, which maps leaves in float")
+        return self
+
+    def of(self, tensor: str) -> MapFormat | None:
+        """The format of a tensor by its recipe name; None where it stays float. An embedding has no activations."""
+        if tensor not in self.maps:
+            return None
+        override = self.overrides.get(tensor, MapOverride())  # type: ignore[call-overload]
+        weights = override.weights or self.weights
+        named = "group_size" in override.model_fields_set
+        group_size = None if weights == "int8" else override.group_size if named else self.group_size
+        activations = "none" if tensor == "embedding" else override.activations or self.activations
+        return MapFormat(weights=weights, group_size=group_size, activations=activations)
+
+
+class GptqConfig(Strict):
+    """Error-compensating rounding of the linears' weights, in the format ``quantize`` packs afterwards.
+
+    weights and group_size: taken from ``quantize`` where not named. damp: share of the mean diagonal added to the
+    Hessian. act_order: round the most excited columns first.
+    """
+
+    weights: Weights = "int4"
+    group_size: PositiveInt | None = None
+    damp: PositiveFloat = 0.01
+    act_order: bool = False
+    maps: tuple[TensorName, ...] = Field(LINEARS, min_length=1)
+    block: PositiveInt = 128
+
+    @model_validator(mode="after")
+    def _legal(self) -> GptqConfig:
+        _group_size(self.weights, self.group_size)
+        if "embedding" in self.maps:
+            raise ValueError("an embedding is looked up, not multiplied: gptq has nothing to compensate there")
+        return self
+
+
+class Step(Strict):
+    """One entry of ``passes``: exactly one pass and its configuration."""
+
+    fuse_norms: FuseNormsConfig | None = None
+    smooth: SmoothConfig | None = None
+    rotate: RotateConfig | None = None
+    gptq: GptqConfig | None = None
+    quantize: QuantizeConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {value: {}}
+        if isinstance(value, Mapping):
+            if len(value) != 1:
+                raise ValueError(f"a step names one pass, this one names {', '.join(map(str, value)) or 'none'}")
+            return {key: {} if config is None else config for key, config in value.items()}
+        return value
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.model_fields_set))
+
+    @property
+    def config(self) -> Any:
+        return getattr(self, self.name)
+
+
+PASS_NAMES = tuple(Step.model_fields)
+
+
+class ChecksConfig(Strict):
+    """What the result must pass, or the run fails. None: not checked.
+
+    coverage: share of the bytes of all matrices (embedding and head included) that is packed. max_perplexity_ratio:
+    perplexity on the calibration text, compressed over original.
+    """
+
+    coverage: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_perplexity_ratio: PositiveFloat | None = None
+
+
+class Recipe(Strict):
+    """A validated recipe. ``steps()`` gives the passes in order."""
+
+    name: str = Field("custom", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    calibration: CalibrationConfig = CalibrationConfig()
+    passes: tuple[Step, ...] = Field(min_length=1)
+    checks: ChecksConfig = ChecksConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gptq_follows_quantize(cls, value: Any) -> Any:
+        """Give gptq the format of quantize, where it names none."""
+        if not isinstance(value, Mapping) or not isinstance(value.get("passes"), list | tuple):
+            return value
+        plain = [step for step in value["passes"] if isinstance(step, Mapping)]
+        packed = next((step["quantize"] for step in plain if isinstance(step.get("quantize"), Mapping)), {})
+        shared = {key: packed[key] for key in ("weights", "group_size") if key in packed} | (
+            {} if "weights" in packed else {"weights": QuantizeConfig.model_fields["weights"].default}
+        )
+        filled = []
+        for step in value["passes"]:
+            if isinstance(step, Mapping) and list(step) == ["gptq"] and isinstance(step["gptq"] or {}, Mapping):
+                step = {"gptq": shared | dict(step["gptq"] or {})}
+            filled.append(step)
+        return dict(value) | {"passes": filled}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = [step.name for step in self.passes]
+        for name in set(names) - {"smooth"}:
+            if names.count(name) > 1:
+                raise ValueError(f"pass {name} stands there {names.count(name)} times")
+        if "gptq" in names:
+            self._gptq_matches()
+        return self
+
+    def _gptq_matches(self) -> None:
+        gptq = next(step.gptq for step in self.passes if step.gptq)
+        quantize = next((step.quantize for step in self.passes if step.quantize), None)
+        if quantize is None:
+            raise ValueError("gptq rounds weights that no quantize pass packs")
+        for tensor in gptq.maps:
+            packed = quantize.of(tensor)
+            if packed is None or (packed.weights, packed.group_size) != (gptq.weights, gptq.group_size):
+                what = (
+                    "leaves it float"
+                    if packed is None
+                    else f"packs it as {packed.weights}, group size {packed.group_size}"
+                )
+                raise ValueError(
+                    f"gptq rounds {tensor} to {gptq.weights}, group size {gptq.group_size}, but quantize {what}: "
+                    "give both the same format, or take it out of gptq's maps"
+                )
+
+    def steps(self) -> list[tuple[str, Any]]:
+        """(pass name, its configuration) in order."""
+        return [(step.name, step.config) for step in self.passes]
+
+    def document(self) -> dict[str, Any]:
+        """The whole recipe as plain data, every default spelled out; ``Recipe.model_validate`` takes it back."""
+        plain = self.model_dump(mode="json")
+        plain["passes"] = [{name: _plain(config)} for name, config in self.steps()]
+        return plain
+
+    def to_yaml(self) -> str:
+        """The canonical YAML; loading it gives an equal recipe."""
+        return yaml.safe_dump(self.document(), sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+
+    def canonical_json(self) -> str:
+        """One line that is equal exactly when the recipes are."""
+        return json.dumps(self.document(), sort_keys=True, separators=(",", ":"))
+
+
+def _plain(config: BaseModel) -> dict[str, Any]:
+    plain = config.model_dump(mode="json")
+    if isinstance(config, QuantizeConfig):  # an unnamed key of an override means "as above", null means "none"
+        plain["overrides"] = {
+            name: override.model_dump(mode="json", exclude_unset=True) for name, override in config.overrides.items()
+        }
+    return plain
