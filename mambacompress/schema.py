@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -179,7 +180,8 @@ class GptqConfig(Strict):
     """Error-compensating rounding of the linears' weights, in the format ``quantize`` packs afterwards.
 
     weights and group_size: taken from ``quantize`` where not named. damp: share of the mean diagonal added to the
-    Hessian. act_order: round the most excited columns first.
+    Hessian. act_order: round the most excited columns first. refine: sweeps of coordinate descent and scale fitting
+    afterwards. compensate: aim at the float output, making good what the linears before have lost.
     """
 
     weights: Weights = "int4"
@@ -188,6 +190,8 @@ class GptqConfig(Strict):
     act_order: bool = False
     maps: tuple[TensorName, ...] = Field(LINEARS, min_length=1)
     block: PositiveInt = 128
+    refine: NonNegativeInt = 3
+    compensate: bool = True
 
     @model_validator(mode="after")
     def _legal(self) -> GptqConfig:
@@ -255,13 +259,16 @@ class Recipe(Strict):
         """Give gptq the format of quantize, where it names none."""
         if not isinstance(value, Mapping) or not isinstance(value.get("passes"), list | tuple):
             return value
-        plain = [step for step in value["passes"] if isinstance(step, Mapping)]
-        packed = next((step["quantize"] for step in plain if isinstance(step.get("quantize"), Mapping)), {})
+        steps = [{step: {}} if isinstance(step, str) else step for step in value["passes"]]
+        plain = [step for step in steps if isinstance(step, Mapping)]
+        packed: Mapping[str, Any] = next(
+            (step["quantize"] for step in plain if isinstance(step.get("quantize"), Mapping)), {}
+        )
         shared = {key: packed[key] for key in ("weights", "group_size") if key in packed} | (
             {} if "weights" in packed else {"weights": QuantizeConfig.model_fields["weights"].default}
         )
         filled = []
-        for step in value["passes"]:
+        for step in steps:
             if isinstance(step, Mapping) and list(step) == ["gptq"] and isinstance(step["gptq"] or {}, Mapping):
                 step = {"gptq": shared | dict(step["gptq"] or {})}
             filled.append(step)

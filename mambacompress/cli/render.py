@@ -29,7 +29,7 @@ def _console() -> Console:
 def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar fed by (stage, done, total): the current stage, how many blocks are done, the time left."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[stage]}"),
