@@ -27,9 +27,19 @@ from mambacompress.calibration import BlockCalibration, batch_size
 from mambacompress.errors import CheckFailed, UserError
 from mambacompress.models.families.checkpoint import Checkpoint, empty_host, materialise
 from mambacompress.models.modelmap import Block, ModelMap
-from mambacompress.passes import PASSES
+from mambacompress.models.packed import PACKED
 from mambacompress.passes.base import Pass, Plan
+from mambacompress.passes.fuse_norms import FuseNorms
+from mambacompress.passes.gptq import Gptq
+from mambacompress.passes.quantize import Quantize
+from mambacompress.passes.rotate import Rotate
+from mambacompress.passes.smooth import Smooth
 from mambacompress.recipe import Recipe
+
+PASSES: dict[str, Callable[[Any], Pass]] = {
+    "fuse_norms": FuseNorms, "smooth": Smooth, "rotate": Rotate, "gptq": Gptq, "quantize": Quantize,
+}
+"""The recipe's name of each pass -> its class, in the one legal order."""
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): called before each stage of each block; total counts blocks of the current sweep."""
@@ -54,7 +64,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> PlannedRun:
     for earlier, later in zip(passes, passes[1:], strict=False):
         if earlier.rank > later.rank:
             raise UserError(f"pass {later.name!r} comes after {earlier.name!r} in recipe {recipe.name!r}, which would undo or "
-                            "falsify it", "order: " + ", ".join(sorted(PASSES, key=lambda name: PASSES[name].rank)))
+                            "falsify it", "order: " + ", ".join(PASSES))
     total = Plan()
     for item in passes:
         total.extend(item.plan(model_map))
@@ -163,11 +173,14 @@ class _Run:
         self.progress("embedding", 0, len(self.map.blocks))
         for item in self.passes:
             item.enter_embedding(self.map)
+            item.enter_head(self.map)
         record: dict[str, Any] = {}
         for item in self.passes:
             record.update({f"{item.name}.{k}": v for k, v in item.apply_embedding(self.map).items()})
-        path = self.map.embedding.path
-        self._store("embedding", self.map.embedding.module, path, record)
+        path, embedding, head = self.map.embedding.path, self.map.embedding.module, self.map.head.module
+        if self.map.tied and isinstance(embedding, PACKED):  # the head will share the packed weight: drop the float one
+            head.weight = nn.Parameter(head.weight.to("meta"), requires_grad=False)
+        self._store("embedding", embedding, path, record)
         return self._embed()
 
     def _block(self, block: Block, hidden: list[Tensor]) -> list[Tensor]:
@@ -199,8 +212,6 @@ class _Run:
         """Edit, pack and store the final norm and the head; returns the packed model's loss on the calibration tokens."""
         total = len(self.map.blocks)
         self.progress("head", total, total)
-        for item in self.passes:
-            item.enter_head(self.map)
         record: dict[str, Any] = {}
         for i, item in enumerate(self.passes):
             calibration = BlockCalibration(hidden, self.map.blocks[-1], reference=())
