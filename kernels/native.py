@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-         "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi")
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
+         "-fno-trapping-math",
+         "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized")
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.bool: 3, torch.uint8: 3}
 LEVELS = ("portable", "avx2", "avx512")
 BUILD_COMMAND = "python -m mambacompress.kernels.native build"
 
@@ -40,7 +41,8 @@ def package_folder() -> Path:
 
 def sources() -> list[Path]:
     """Every native source, in a fixed order."""
-    return sorted(Path(__file__).parent.glob("*/cpu.cpp"))
+    folder = Path(__file__).parent
+    return sorted([*folder.glob("*.cpp"), *folder.glob("*/cpu.cpp")])
 
 
 @functools.cache
@@ -84,6 +86,50 @@ def function(name: str, argument_types: tuple[Any, ...], result: Any = None) -> 
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """The address of a tensor's first element; None stays None (a null pointer)."""
     return None if tensor is None else tensor.data_ptr()
+
+
+class View(ctypes.Structure):
+    """A tensor [batch, tokens, ...] as native code reads it (``View`` of native.h)."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("token", ctypes.c_int64), ("dtype", ctypes.c_int64),
+                ("scale", ctypes.c_void_p), ("scale_step", ctypes.c_int64)]
+
+
+NO_VIEW = (None, 0, 0, 0, None, 0)
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [batch, tokens, ...] itself where the axes behind the tokens are contiguous, else a contiguous copy."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def view(x: torch.Tensor | None, reverse: bool = False, scale: torch.Tensor | None = None) -> tuple[Any, ...]:
+    """The fields of a View of ``x``, which ``dense_rows`` returned; reversed: from the last token to the first.
+
+    scale: fp32, one element or as many as the axes behind the tokens hold. Both must outlive the call.
+    """
+    if x is None:
+        return NO_VIEW
+    data, token = x.data_ptr(), x.stride(1)
+    if reverse:
+        data, token = data + (x.shape[1] - 1) * token * x.element_size(), -token
+    return (data, x.stride(0), token, DTYPE_CODES[x.dtype], pointer(scale), 0 if scale is None or scale.numel() == 1 else 1)
+
+
+def runs_directly(*tensors: torch.Tensor | None) -> bool:
+    """True where an op may call native code at once: no gradient is wanted, nothing is being traced."""
+    if torch.compiler.is_compiling():
+        return False
+    wants_gradient = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and ((wants_gradient and x.requires_grad) or type(x) not in (torch.Tensor, torch.nn.Parameter)):
+            return False
+    return True
 
 
 def level() -> str:

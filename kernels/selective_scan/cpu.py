@@ -1,0 +1,181 @@
+"""The native selective scan: torch.library ops around the C functions of cpu.cpp, with fake implementations and autograd.
+
+Where no gradient is wanted and nothing is traced, the C function is called at once: the dispatcher costs more than a step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambacompress.kernels import native
+
+TILE = 16  # tokens between two checkpoints of the state, as in cpu.cpp
+LANES = 16  # the widest vector of channels
+
+
+class _Scan(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "groups", "states", "softplus", "threads")),
+        *((name, native.View) for name in ("u", "dt", "B", "C", "z", "y", "resets")),
+        *((name, ctypes.c_void_p) for name in ("A", "D", "dt_bias", "z_scale", "initial", "final", "checkpoints"))]
+
+
+class _Gradient(ctypes.Structure):
+    _fields_ = [
+        *((name, native.View) for name in ("dy", "du", "ddt", "dB", "dC", "dz")),
+        *((name, ctypes.c_void_p) for name in ("dfinal", "dA", "dD", "dbias", "dinitial"))]
+
+
+_INPUTS = ("Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? z_scale, "
+           "Tensor? initial, Tensor? resets")
+_SCALES = "Tensor? u_scale, Tensor? dt_scale, Tensor? B_scale, Tensor? C_scale, Tensor? z_scale8"
+_FLAGS = "bool softplus, bool reverse"
+
+
+def _checkpoint_floats(u: Tensor, A: Tensor, B: Tensor) -> int:
+    batch, length, channels = u.shape
+    groups = B.shape[2]
+    padded = groups * (-(-(channels // groups) // LANES) * LANES)
+    return batch * -(-length // TILE) * padded * A.shape[1]
+
+
+def _problem(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+             dt_bias: Tensor | None, z_scale: Tensor | None, initial: Tensor | None, resets: Tensor | None,
+             scales: tuple[Tensor | None, ...], softplus: bool, reverse: bool, y: Tensor | None, final: Tensor | None,
+             checkpoints: Tensor | None) -> _Scan:
+    batch, length, channels = u.shape
+    u_scale, dt_scale, B_scale, C_scale, z_scale8 = scales
+    return _Scan(
+        batch, length, channels, B.shape[2], A.shape[1], softplus, torch.get_num_threads(),
+        native.view(u, reverse, u_scale), native.view(dt, reverse, dt_scale), native.view(B, reverse, B_scale),
+        native.view(C, reverse, C_scale), native.view(z, reverse, z_scale8), native.view(y, reverse),
+        native.view(resets, reverse), A.data_ptr(), native.pointer(D), native.pointer(dt_bias), native.pointer(z_scale),
+        native.pointer(initial), native.pointer(final), native.pointer(checkpoints))
+
+
+def _dense(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> tuple[Any, ...]:
+    return (*map(native.dense_rows, (u, dt, B, C)), None if z is None else native.dense_rows(z))
+
+
+def run_forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+                dt_bias: Tensor | None, z_scale: Tensor | None, initial: Tensor | None, resets: Tensor | None,
+                u_scale: Tensor | None, dt_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None,
+                z_scale8: Tensor | None, softplus: bool, reverse: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final state, checkpoints; empty unless ``save``). A, D, dt_bias, z_scale, initial and scales: fp32, contiguous."""
+    u, dt, B, C, z = _dense(u, dt, B, C, z)
+    y, final, checkpoints = _outputs(u, A, B, save)
+    problem = _problem(u, dt, A, B, C, D, z, dt_bias, z_scale, initial, resets,
+                       (u_scale, dt_scale, B_scale, C_scale, z_scale8), softplus, reverse, y, final,
+                       checkpoints if save else None)
+    native.function("mc_scan_forward", (ctypes.POINTER(_Scan),))(ctypes.byref(problem))
+    return y, final, checkpoints
+
+
+def _outputs(u: Tensor, A: Tensor, B: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty(u.shape, dtype=u.dtype if u.is_floating_point() else torch.float32, device=u.device)
+    final = torch.empty(u.shape[0], *A.shape, dtype=torch.float32, device=u.device)
+    checkpoints = torch.empty(_checkpoint_floats(u, A, B) if save else 0, dtype=torch.float32, device=u.device)
+    return y, final, checkpoints
+
+
+scan_op = torch.library.custom_op(
+    "mambacompress::selective_scan", run_forward, mutates_args=(), device_types="cpu",
+    schema=f"({_INPUTS}, {_SCALES}, {_FLAGS}, bool save) -> (Tensor, Tensor, Tensor)")
+
+
+@scan_op.register_fake
+def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(u, A, B, rest[-1])
+
+
+def _backward(dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor,
+              C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, z_scale: Tensor | None,
+              initial: Tensor | None, resets: Tensor | None, softplus: bool, reverse: bool) -> tuple[Tensor, ...]:
+    u, dt, B, C, z = _dense(u, dt, B, C, z)
+    dy = native.dense_rows(dy)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = gradients = _gradients(u, dt, A, B, C, D, z, dt_bias, initial)
+    problem = _problem(u, dt, A, B, C, D, z, dt_bias, z_scale, initial, resets, (None,) * 5, softplus, reverse, None, None,
+                       checkpoints)
+    gradient = _Gradient(
+        native.view(dy, reverse), native.view(du, reverse), native.view(ddt, reverse), native.view(dB, reverse),
+        native.view(dC, reverse), native.NO_VIEW if z is None else native.view(dz, reverse), native.pointer(dfinal),
+        dA.data_ptr(), None if D is None else dD.data_ptr(), None if dt_bias is None else dbias.data_ptr(),
+        None if initial is None else dinitial.data_ptr())
+    native.function("mc_scan_backward", (ctypes.POINTER(_Scan), ctypes.POINTER(_Gradient)))(
+        ctypes.byref(problem), ctypes.byref(gradient))
+    return gradients
+
+
+def _gradients(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+               dt_bias: Tensor | None, initial: Tensor | None) -> tuple[Tensor, ...]:
+    nothing = torch.empty(0, device=u.device)
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) if t is not None else nothing.clone()
+                 for t in (u, dt, A, B, C, D, z, dt_bias, initial))
+
+
+backward_op = torch.library.custom_op(
+    "mambacompress::selective_scan_backward", _backward, mutates_args=(), device_types="cpu",
+    schema=f"(Tensor dy, Tensor? dfinal, Tensor checkpoints, {_INPUTS}, {_FLAGS}) -> "
+           f"({', '.join(['Tensor'] * 9)})")
+
+
+@backward_op.register_fake
+def _(dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+      D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, z_scale: Tensor | None, initial: Tensor | None,
+      *rest: Any) -> tuple[Tensor, ...]:
+    return _gradients(u, dt, A, B, C, D, z, dt_bias, initial)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.softplus, ctx.reverse, _ = inputs
+    ctx.save_for_backward(output[2], *tensors[:11])
+
+
+def _propagate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
+    checkpoints, *tensors = ctx.saved_tensors
+    u, z, D, dt_bias, initial = (tensors[i] for i in (0, 6, 5, 7, 9))
+    if dy is None:
+        dy = torch.zeros_like(u)
+    du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = backward_op(dy, dfinal, checkpoints, *tensors, ctx.softplus, ctx.reverse)
+    return (du, ddt, dA, dB, dC, None if D is None else dD, None if z is None else dz, None if dt_bias is None else dbias,
+            None, None if initial is None else dinitial, *(None,) * 9)
+
+
+scan_op.register_autograd(_propagate, setup_context=_save_for_backward)
+
+
+def _fp32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def selective_scan_cpu(
+    u_BLE: Tensor, dt_BLE: Tensor, A_EN: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_E: Tensor | None, z_BLE: Tensor | None,
+    dt_bias_E: Tensor | None, *, dt_softplus: bool, z_scale_E: Tensor | None, initial_state_BEN: Tensor | None, reverse: bool,
+    resets_BL: Tensor | None, scales: Any,
+) -> tuple[Tensor, Tensor]:
+    """``selective_scan`` in native code; resets_BL: bool, true where the state restarts, in the order of the scan."""
+    factors: list[Tensor | None] = [None] * 5
+    if scales is not None:
+        last = {"u": u_BLE.shape[2], "dt": dt_BLE.shape[2], "B": B_BLGN[0, 0].numel() if B_BLGN.numel() else 1,
+                "C": C_BLGN[0, 0].numel() if C_BLGN.numel() else 1, "z": u_BLE.shape[2]}
+        shapes = {"B": B_BLGN.shape[2:], "C": C_BLGN.shape[2:]}
+        factors = [_scale(getattr(scales, name), shapes.get(name, (count,))) for name, count in last.items()]
+    arguments = (u_BLE, dt_BLE, _fp32(A_EN), B_BLGN, C_BLGN, _fp32(D_E), z_BLE, _fp32(dt_bias_E), _fp32(z_scale_E),
+                 _fp32(initial_state_BEN), resets_BL, *factors, dt_softplus, reverse)
+    if native.runs_directly(u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, initial_state_BEN):
+        y, final, _ = run_forward(*arguments, False)
+    else:
+        y, final, _ = scan_op(*arguments, True)
+    return y, final
+
+
+def _scale(scale: Tensor | float | None, shape: tuple[int, ...]) -> Tensor | None:
+    if scale is None:
+        return None
+    scale = torch.as_tensor(scale, dtype=torch.float32)
+    return scale.reshape(1) if scale.numel() == 1 else scale.expand(shape).contiguous()
