@@ -1,0 +1,184 @@
+"""Tokens a second and peak memory.
+
+Prefill: one forward of ``prompt`` tokens from a zero state. Decode: single-token steps at batch 1 from the state a prompt left.
+Each is repeated and the median reported with the quartiles, after a warm-up: the first call packs and compiles.
+
+Peak memory is the process's anonymous memory (RssAnon: what cannot be dropped and read again), sampled from the start of loading.
+It means something only in a process that did nothing else, so ``in_fresh_process`` loads the model in one; where the caller
+has only a model in memory the speed is measured here and the memory is said to be not measured.
+
+Legend: B batch, L tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambacompress.errors import UserError
+from mambacompress.eval.environment import backend
+
+_STATUS = Path("/proc/self/status")
+_CHILD = """
+import json, sys
+from mambacompress.eval import speed
+wanted = json.loads(sys.argv[1])
+print("\\n" + json.dumps(speed.child(wanted)))
+"""
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """Tokens a second (median and quartiles) and peak anonymous bytes; None means not measured, ``note`` says why."""
+
+    prompt: int
+    prefill: float
+    prefill_quartiles: tuple[float, float]
+    decode: float | None
+    decode_quartiles: tuple[float, float] | None
+    repeats: int
+    threads: int
+    peak_bytes: int | None
+    note: str
+    backend: str
+
+
+class PeakMemory:
+    """Context manager that samples this process's RssAnon every 5 ms; ``peak`` is None where the system does not tell."""
+
+    def __init__(self) -> None:
+        self.peak: int | None = anonymous_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        if self.peak is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.005):
+            self.peak = max(self.peak or 0, anonymous_bytes() or 0)
+
+
+def anonymous_bytes() -> int | None:
+    """RssAnon of this process, None where /proc does not tell."""
+    if not _STATUS.is_file():
+        return None
+    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+@torch.inference_mode()
+def measure(model: Any, *, prompt: int = 512, steps: int = 32, repeats: int = 5, seed: int = 0) -> SpeedResult:
+    """Speed of a transformers-style causal LM in this process, on random token ids; memory is not measured."""
+    if prompt < 1 or steps < 1 or repeats < 1:
+        raise UserError("a speed test needs at least one token, step and repeat", "choose positive numbers")
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids_BL = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(device)
+
+    def prefill() -> None:
+        model(input_ids=ids_BL, use_cache=False)
+
+    prefill_rates = _rates(prefill, prompt, repeats, device)
+    step, note = _stepper(model, ids_BL)
+    decode_rates = None if step is None else _rates(lambda: _repeat(step, steps), steps, repeats, device)
+    return SpeedResult(prompt, *_summary(prefill_rates), *(_summary(decode_rates) if decode_rates else (None, None)), repeats,
+                       torch.get_num_threads(), None, note or "peak memory not measured: the model shares its process",
+                       backend())
+
+
+def in_fresh_process(path: str | Path, **options: Any) -> SpeedResult:
+    """Load ``path`` in a new process and measure speed and peak memory there, with as many threads as here.
+
+    Raises UserError where the process fails, with its last line.
+    """
+    wanted = {"path": str(path), "threads": torch.get_num_threads(), "options": options}
+    root = str(Path(__file__).resolve().parents[1])
+    search = os.pathsep.join([*(p for p in sys.path if p), root])
+    done = subprocess.run([sys.executable, "-c", _CHILD, json.dumps(wanted)], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
+    if done.returncode != 0 or not lines:
+        raise UserError(f"the speed test of {path} failed: {lines[-1] if lines else f'exit code {done.returncode}'}",
+                        "see whether `mambacompress generate` runs this model")
+    found = json.loads(lines[-1])
+    for key in ("prefill_quartiles", "decode_quartiles"):
+        found[key] = None if found[key] is None else tuple(found[key])
+    return SpeedResult(**found)
+
+
+def child(wanted: dict[str, Any]) -> dict[str, Any]:
+    """What the fresh process runs: load under the memory sampler, measure, report."""
+    import mambacompress
+
+    torch.set_num_threads(wanted["threads"])
+    with PeakMemory() as memory:
+        model = mambacompress.load(wanted["path"])
+        result = measure(model, **wanted["options"])
+    note = "" if memory.peak is not None else "peak memory not measured: this system does not report anonymous memory"
+    return {**asdict(result), "peak_bytes": memory.peak, "note": note if result.decode is not None else result.note}
+
+
+def _stepper(model: Any, ids_BL: Tensor) -> tuple[Callable[[], None] | None, str]:
+    """A function that decodes one more token, or None and the reason."""
+    out = model(input_ids=ids_BL, use_cache=True)
+    for name in ("cache_params", "past_key_values"):
+        cache = getattr(out, name, None)
+        if cache is not None:
+            token = ids_BL[:, -1:]
+
+            def step(name: str = name, cache: Any = cache) -> None:
+                model(input_ids=token, use_cache=True, **{name: cache})
+
+            return step, ""
+    return None, "decode not measured: the model keeps no state between calls"
+
+
+def _repeat(step: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        step()
+
+
+def _rates(run: Callable[[], None], tokens: int, repeats: int, device: torch.device) -> list[float]:
+    run()
+    rates = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        rates.append(tokens / (time.perf_counter() - start))
+    return rates
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(rates: list[float]) -> tuple[float, tuple[float, float]]:
+    if len(rates) < 2:
+        return rates[0], (rates[0], rates[0])
+    low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
+    return middle, (low, high)
