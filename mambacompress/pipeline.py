@@ -59,7 +59,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> PlannedRun:
 
     Raises UserError for an illegal order or a request that cannot work.
     """
-    model_map = empty_host(checkpoint.config)
+    model_map = checkpoint.host()
     passes = [PASSES[name](config) for name, config in recipe.steps()]
     for earlier, later in zip(passes, passes[1:], strict=False):
         if earlier.rank > later.rank:
