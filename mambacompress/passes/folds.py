@@ -373,8 +373,8 @@ def _opened_y(block: Block) -> str | None:
     return "an online rotation before out_proj has opened a new stream" if rotated else None
 
 
-#: In the order they are tried: S3 first, as it changes y, which S2 then balances.
+#: In the order they are tried: S4 while the measured state is that of the scan; S3 changes y, which S2 then balances.
 FOLDS: tuple[Fold, ...] = (
-    NormFold(), ConvFold(), GateFold(), NormGateFold(), StatesFold(), DtFold(), ConvInFold())
+    NormFold(), StatesFold(), ConvFold(), GateFold(), NormGateFold(), DtFold(), ConvInFold())
 
 __all__ = ["FOLDS", "Fold", "Ranges", "balance", "largest_state"]

@@ -168,7 +168,8 @@ class Rotate(Pass):
             own = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
             model_map.head.module.weight = own
             model_map.tied = False
-            model_map.host.config.tie_word_embeddings = False
+            host: Any = model_map.host
+            host.config.tie_word_embeddings = False
         embedding.rotate_output(self._on(embedding))
 
     def enter_block(self, block: Block) -> None:
@@ -186,10 +187,10 @@ class Rotate(Pass):
     def enter_head(self, model_map: ModelMap) -> None:
         if self.basis is None:
             return
-        norm, head = model_map.final_norm, model_map.head
-        gamma_D = norm.weight.data.reshape(-1).double()
+        head, weight_D = model_map.head, model_map.final_norm.get_parameter("weight")
+        gamma_D = weight_D.data.reshape(-1).double()
         R = self._on(head)
-        norm.weight.data = torch.ones_like(norm.weight.data)
+        weight_D.data = torch.ones_like(weight_D.data)
         if not model_map.tied:
             head.scale_input(gamma_D)
             head.rotate_input(R)
@@ -251,9 +252,8 @@ class Rotate(Pass):
         size = readers[0].shape[1]
         rotation = OnlineHadamard(size, seed=self._seed(block, role), block=largest_block(size))
         rotation.to(readers[0].weight.device)
-        R = rotation.matrix().to(readers[0].weight.device)
         for site in readers:
-            site.rotate_input(R)
+            site.set(rotation(site.get()))  # W R, by the fast transform in fp64
         return rotation
 
     def _seed(self, block: Block, role: int) -> int:
