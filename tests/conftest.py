@@ -90,3 +90,34 @@ def tiny_mamba2() -> Any:
 def tiny_falcon() -> Any:
     """A random two-layer FalconMambaForCausalLM, fp32, eval mode."""
     return _host("falcon_mamba")
+
+
+def _tokenizer() -> Any:
+    """One token a printable character, 0 the end of text, 1 everything else; 97 in all."""
+    import tokenizers
+    import transformers
+
+    letters = ["<eos>", "<unk>", *map(chr, range(33, 127)), " "]
+    model = tokenizers.models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), eos_token="<eos>", bos_token="<eos>", pad_token="<eos>",
+        unk_token="<unk>", clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture
+def tiny_tokenizer() -> Any:
+    """A character tokenizer that fits the tiny models: 97 tokens, 0 ends a text."""
+    return _tokenizer()
+
+
+@pytest.fixture
+def model_directory(tmp_path: Path) -> Any:
+    """model_directory(kind, **config) -> the directory of a tiny random model with its tokenizer."""
+
+    def make(kind: str = "mamba", **overrides: Any) -> Path:
+        directory = tmp_path / f"tiny-{kind}"
+        _host(kind, **overrides).save_pretrained(directory)
+        _tokenizer().save_pretrained(directory)
+        return directory
+
+    return make

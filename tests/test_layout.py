@@ -36,6 +36,9 @@ IMPORTS_TRANSFORMERS = ("models/families", "hf.py", "training/hf_callback", "dat
 LEAVES = {"storage"}
 
 
+INSTALL = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation")
+
+
 def run(*command: str | Path, cwd: Path = REPOSITORY, **environment: str) -> None:
     """Run a command; what it said is in the failure."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | environment)
@@ -151,8 +154,8 @@ def test_public_names_are_all_there():
         mc.quantise  # noqa: B018
 
 
-def test_sources_are_short_and_carry_no_machine_path():
-    """Every file can be read in one sitting, and names nothing that exists only on the machine it was written on."""
+def test_sources_are_short_and_explain_themselves():
+    """Every file can be read in one sitting and says what it is."""
     for path in sources():
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= 400, f"{path.relative_to(PACKAGE)} is longer than 400 lines"
@@ -215,8 +218,7 @@ def test_the_wheel_and_the_sdist_hold_every_room(built: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
 def test_an_installed_copy_works_away_from_the_source(built: Path, kind: str, tmp_path: Path):
-    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site",
-        next(built.glob(kind)))
+    run(*INSTALL, "--target", tmp_path / "site", next(built.glob(kind)))
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import mambacompress as mc\n"
             "assert mc.__file__.startswith(sys.argv[1]), mc.__file__\n"
             "from mambacompress.kernels import registry\n"
@@ -231,7 +233,7 @@ def test_an_editable_install_sees_the_rooms(copy: Path, tmp_path: Path):
     """In an environment of its own, the dependencies borrowed from this one."""
     environment = tmp_path / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", environment)
-    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--prefix", environment, "-e", copy)
+    run(*INSTALL, "--prefix", environment, "-e", copy)
     code = ("import mambacompress.recipe as r, mambacompress.kernels.registry as k; assert r.recipe_names()\n"
             "import sys; assert r.__file__.startswith(sys.argv[1]), r.__file__")
     run(environment / "bin" / "python", "-c", code, str(copy), cwd=tmp_path, PYTHONPATH=sysconfig.get_path("purelib"))

@@ -80,8 +80,8 @@ class Greedy(Command):
 
 
 def _fail(error: UserError) -> None:
-    sentence = error.message[:1].upper() + error.message[1:]
-    typer.echo(f"{sentence}{'' if sentence.endswith(('.', '?', '!')) else '.'}", err=True)
+    end = "" if error.message.endswith((".", "?", "!")) else "."
+    typer.echo(f"Error: {error.message}{end}", err=True)
     if error.next_step:
         typer.echo(f"Next step: {error.next_step}", err=True)
     raise typer.Exit(error.exit_code)
