@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mambacompress.models.mixers import Gate, S6Mixer, SSDMixer
 from mambacompress.models.modelmap import RESIDUAL, Block, Site
-from mambacompress.models.paths import negative_exp
+from mambacompress.models.paths import DepthwiseConv, Path, negative_exp
 from mambacompress.passes.base import Calibration
 
 _STATE_TOKENS = 2048
@@ -66,9 +66,9 @@ class _StateWatch:
     """Recomputes the state of a single S6 path from its taps: max of |h| over tokens and channels, for each n."""
 
     def __init__(self, block: Block) -> None:
-        mixer = block.mixer
-        assert isinstance(mixer, S6Mixer)
-        self.path, self.kept, self.tokens = mixer.paths[0], {}, 0  # type: ignore[var-annotated]
+        self.path = scan_paths(block)[0]
+        self.kept: dict[str, Tensor] = {}
+        self.tokens = 0
 
     def see(self, tap: str, value: Tensor) -> Tensor | None:
         if self.tokens >= _STATE_TOKENS:
@@ -174,8 +174,7 @@ class NormFold(OneStream):
 
     def apply(self, block: Block, scales: Scales) -> None:
         s = scales[RESIDUAL]
-        weight = block.norm.weight.data  # type: ignore[union-attr]
-        weight.copy_((weight.double() / s.to(weight.device)).to(weight.dtype))  # type: ignore[operator, union-attr]
+        divide_weight(block.norm.get_parameter("weight"), s)
         scale_inputs(block.readers(RESIDUAL), s)
 
 
@@ -212,9 +211,7 @@ class NormGateFold(OneStream):
         return _opened_y(block) if isinstance(block.mixer, SSDMixer) else "no norm follows this mixer's gate"
 
     def apply(self, block: Block, scales: Scales) -> None:
-        weight = block.mixer.norm_weight.data  # type: ignore[union-attr]
-        s = scales["y"].to(weight.device)  # type: ignore[arg-type]
-        weight.copy_((weight.double() / s).to(weight.dtype))  # type: ignore[operator, union-attr]
+        divide_weight(block.mixer.get_parameter("norm_weight"), scales["y"])
         scale_inputs(block.readers("y"), scales["y"])
 
 
@@ -233,7 +230,7 @@ class ConvFold(OneStream):
             return "this mixer has no convolution"
         if len(block.writers("u")) > 1 and mixer.conv is not None:
             return "two convolutions in a row"
-        if any(path.projection.x_rotation is not None for path in mixer.paths):
+        if any(path.projection.x_rotation is not None for path in scan_paths(block)):
             return "an online rotation before x_proj has opened a new stream"
         return block.streams["u"].refuses.get("scale") or _opened_y(block)
 
@@ -255,8 +252,8 @@ class ConvFold(OneStream):
         for site in block.writers("u"):
             site.scale_output(1 / s.to(site.weight.device))
             conv = site.module
-            if conv.activation:
-                conv.act_scale = scaled_buffer(conv.act_scale, s, site.weight)  # type: ignore[arg-type, assignment]
+            if isinstance(conv, DepthwiseConv) and conv.activation:
+                conv.act_scale = scaled_buffer(conv.act_scale, s, site.weight)
         scale_inputs(block.readers("u"), s)
         if "z" in scales:
             scale_gate(block, scales["z"])
@@ -278,9 +275,9 @@ class StatesFold(Fold):
     def refusal(self, block: Block) -> str | None:
         if not isinstance(block.mixer, S6Mixer):
             return "B and C pass the convolution and its SiLU"
-        if any(path.direction_B is not None for path in block.mixer.paths):
+        if any(path.direction_B is not None for path in scan_paths(block)):
             return "a learned direction is added to B"
-        if len({id(path.projection) for path in block.mixer.paths}) > 1:
+        if len({id(path.projection) for path in scan_paths(block)}) > 1:
             return "the scans of this mixer have projections of their own, the calibration sees them together"
         return block.streams["B"].refuses.get("scale")
 
@@ -334,6 +331,15 @@ class ConvInFold(OneStream):
             site.scale_output(1 / s[start:stop].to(site.weight.device))
             start = stop
         scale_inputs(block.readers("x"), s)
+
+
+def scan_paths(block: Block) -> list[Path]:
+    return [path for path in getattr(block.mixer, "paths", ()) if isinstance(path, Path)]
+
+
+def divide_weight(weight: nn.Parameter, s: Tensor) -> None:
+    """A norm's weight divided by s, in place."""
+    weight.data.copy_((weight.data.double() / s.to(weight.device)).to(weight.dtype))
 
 
 def scale_inputs(sites: Iterable[Site], s: Tensor) -> None:

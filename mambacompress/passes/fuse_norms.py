@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mambacompress.errors import UserError
 from mambacompress.models.modelmap import RESIDUAL, Block, ModelMap, Site
 from mambacompress.passes.base import Edit, Pass, Plan, Refusal
-from mambacompress.recipe import FuseNormsConfig
+from mambacompress.schema import FuseNormsConfig
 
 
 class FuseNorms(Pass):

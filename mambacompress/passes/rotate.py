@@ -34,7 +34,7 @@ from mambacompress.models.modelmap import RESIDUAL, Block, ModelMap, Site, set_m
 from mambacompress.models.packed import OnlineHadamard
 from mambacompress.passes.base import Calibration, Edit, Pass, Plan, Refusal
 from mambacompress.passes.bases import orthogonal_basis
-from mambacompress.recipe import RotateConfig
+from mambacompress.schema import RotateConfig
 
 _SMALLEST_ONLINE_BLOCK = 8
 _OUT, _DT, _X = 0, 1, 2  # what a seed is for; further projections count on from _X

@@ -35,7 +35,7 @@ from mambacompress.errors import UserError
 from mambacompress.models.modelmap import Block, ModelMap
 from mambacompress.passes.base import Calibration, Edit, Pass, Plan, Refusal
 from mambacompress.passes.folds import FOLDS, Fold, Ranges
-from mambacompress.recipe import SmoothConfig
+from mambacompress.schema import SmoothConfig
 
 _MARGIN = 0.99
 """A fold must lower the error by 1 %: less is the noise of rounding."""

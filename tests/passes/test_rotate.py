@@ -17,7 +17,7 @@ from mambacompress.models.packed import OnlineHadamard
 from mambacompress.passes.bases import KINDS, deal, eigenvectors, equalise, klt_hadamard, orthogonal_basis
 from mambacompress.passes.fuse_norms import FuseNorms
 from mambacompress.passes.rotate import Rotate
-from mambacompress.recipe import RotateConfig
+from mambacompress.schema import RotateConfig
 
 HOSTS = ("mamba", "mamba2", "falcon_mamba")
 #: powers of two, 12 * 2^k, 20 * 2^k, and two sizes without a Hadamard matrix (58 = 29 * 2, 42 = 21 * 2)

@@ -15,7 +15,7 @@ from mambacompress.models.modelmap import Block
 from mambacompress.passes.base import Calibration, Pass
 from mambacompress.passes.folds import FOLDS, Fold, Ranges, balance, largest_state
 from mambacompress.passes.smooth import Smooth
-from mambacompress.recipe import SmoothConfig
+from mambacompress.schema import SmoothConfig
 
 LEGAL = {
     "mamba": {"norm", "gate", "conv", "states", "dt", "conv_in"},
