@@ -7,7 +7,7 @@
 Each row is one artifact made by the public API and loaded from disk again: what is measured is what would be shipped.
 The perplexity ratio, KL divergence and top-1 agreement are against the float original, window by window (``windows``).
 A hard twin computes the original's function, so its rows are compared with the original too. llama.cpp's losses are
-those of ``benchmarks.peers.llamacpp`` on the same windows, paired with the same float losses; its KL is against its F16.
+those of ``benchmarks.peers.llamacpp`` on the same windows, paired with the same float losses; its KL is against F16.
 
 Rows are written to --out as they are finished. A row found there is not measured again, unless the recipe, the windows,
 the calibration or any source file of the package has changed since.

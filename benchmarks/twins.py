@@ -139,30 +139,29 @@ def moments(host: Any, tokens_SL: Tensor) -> tuple[Tensor, list[Tensor]]:
     """
     layers, eps = host.backbone.layers, host.config.layer_norm_epsilon
     norms = [layer.norm for layer in layers] + [host.backbone.norm_f]
-    seen: dict[int, list[Tensor]] = {}
+    seen: dict[int, Tensor] = {}
 
     def watch_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         h_nD = inputs[0].double().flatten(0, -2)
         h_nD = h_nD * torch.rsqrt(h_nD.square().mean(-1, keepdim=True) + eps)
-        seen.setdefault(id(module), []).append(h_nD.T @ h_nD / len(h_nD))
+        seen[id(module)] = h_nD.T @ h_nD / len(h_nD)
 
     def watch_x_proj(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         dt_nR = output.double().flatten(0, -2)[:, : int(host.config.time_step_rank)]
-        seen.setdefault(id(module), []).append(dt_nR.T @ dt_nR / len(dt_nR))
+        seen[id(module)] = dt_nR.T @ dt_nR / len(dt_nR)
 
     handles = [norm.register_forward_pre_hook(watch_norm) for norm in norms]
     handles += [layer.mixer.x_proj.register_forward_hook(watch_x_proj) for layer in layers]
     try:
-        for tokens_L in tokens_SL:
-            host(tokens_L[None])
+        with torch.no_grad():
+            host(tokens_SL)
     finally:
         for handle in handles:
             handle.remove()
-    wanted = [*norms, *(layer.mixer.x_proj for layer in layers)]
-    if any(len(seen.get(id(module), ())) != len(tokens_SL) for module in wanted):
+    if len(seen) != len(norms) + len(layers):
         raise RuntimeError("this version of transformers does not call the modules whose inputs are watched")
-    residual = torch.stack([torch.stack(seen[id(norm)]).mean(0) for norm in norms]).mean(0)
-    return residual, [torch.stack(seen[id(layer.mixer.x_proj)]).mean(0) for layer in layers]
+    residual = torch.stack([seen[id(norm)] for norm in norms]).mean(0)
+    return residual, [seen[id(layer.mixer.x_proj)] for layer in layers]
 
 
 def eigenbasis(moment_nn: Tensor, generator: torch.Generator) -> Tensor:

@@ -110,3 +110,14 @@ def test_what_cannot_be_twinned_says_why(host: Any, tiny_mamba2: Any) -> None:
         make_twin(tiny_mamba2.double(), "norm-dt")
     with pytest.raises(ValueError, match="stock Mamba-1 in fp64"):
         make_twin(host.float(), "norm-dt")
+
+
+def test_a_live_twin_in_our_form_is_read_with_its_scales(host: Any) -> None:
+    from mambacompress.models.families.checkpoint import live_checkpoint, materialise
+
+    twin = make_twin(host, "gate-conv")
+    checkpoint = live_checkpoint(twin)
+    model_map = checkpoint.host()
+    materialise(model_map.host, "", model_map, checkpoint, torch.float64)
+    model_map.host.tie_weights()
+    assert torch.equal(logits(model_map.host), logits(twin))
