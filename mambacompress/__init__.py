@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         verify,
     )
     from mambacompress.errors import CheckFailed, UserError
-    from mambacompress.eval import evaluate
+    from mambacompress.eval import Candidate, evaluate
     from mambacompress.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -47,10 +47,11 @@ _HOME = {
     ),
     **dict.fromkeys(("CheckFailed", "UserError"), "errors"),
     **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
-    "evaluate": "eval",
+    **dict.fromkeys(("Candidate", "evaluate"), "eval"),
 }
 
 __all__ = [
+    "Candidate",
     "CheckFailed",
     "Compressed",
     "Recipe",

@@ -79,7 +79,7 @@ def load_recipe(
         path = _find(source)
         document, origin = _read_yaml(path), str(source)
         document.setdefault("name", path.stem)
-    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_pair, overrides)
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(pair, overrides)
     for key, value in pairs:
         _override(document, key, value)
     try:
@@ -128,7 +128,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def pair(text: str) -> tuple[str, Any]:
+    """The key and the value (YAML) of a ``--set`` argument; raises UserError where it is no such pair."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(
@@ -241,8 +242,7 @@ def _locate(location: Sequence[int | str]) -> tuple[str, type[BaseModel]]:
                 parts.append(str(step))
             continue
         if (
-            (owner is None
-            and step in ("str", "int", "float"))
+            (owner is None and step in ("str", "int", "float"))
             or step == "[key]"
             or step.startswith(("list[", "function-"))
         ):

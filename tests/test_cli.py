@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import mambacompress as mc
 from mambacompress.cli import app
-from mambacompress.cli.command import default_out
+from mambacompress.cli.command import Greedy, default_out
 from mambacompress.errors import CheckFailed, UserError
 
 COMMANDS = ("quantize", "inspect", "evaluate", "report", "generate", "verify", "doctor", "demo")
@@ -53,9 +54,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         edits=[*(edit("quantize", i, "in_proj", "int8 [rows]", bits=8.0) for i in (0, 1, 2, 5)),
                edit("rotate", None, "residual", "klt")],
         refusals=[SimpleNamespace(pass_name="smooth", block=1, target="states", reason="B passes a norm")])
+    report = SimpleNamespace(save=noted.stand_for("save", tmp_path / "report.html"), markdown=lambda: "the table")
     for name, answer in {
         "quantize": SimpleNamespace(directory=tmp_path / "out", manifest=manifest), "inspect": plan, "load": "model",
-        "generate": iter(["Once", " upon"]), "evaluate": {}, "verify": {"files": 7, "bytes": 1234, "coverage": 0.97,
+        "generate": iter(["Once", " upon"]), "evaluate": report, "verify": {"files": 7, "bytes": 1234, "coverage": 0.97,
                                                                         "packed": 33},
     }.items():
         monkeypatch.setitem(vars(mc), name, noted.stand_for(name, answer))
@@ -142,24 +144,49 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(calls: Calls, tmp_path: Pa
     assert "B passes a norm" in shown.output
 
 
-def test_options_that_take_several_values(calls: Calls):
+def test_options_that_take_several_values(calls: Calls, tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"text {name}")
     shown = cli("evaluate", "one", "two", "--baseline", "m", "--text", "a.txt", "b.txt", "--tasks", "blimp,piqa",
-                "copa", "--out", "r")
+                "copa", "--set", "windows=60", "--out", "r")
     assert shown.exit_code == 0, shown.output
-    [(_, positional, named)] = calls
-    assert positional == (["one", "two"],)
-    assert named["texts"] == [Path("a.txt"), Path("b.txt")]
-    assert named["tasks"] == ["blimp", "piqa", "copa"]
-    assert (named["baseline"], named["out"]) == ("m", Path("r"))
+    [(_, (candidates,), named), (_, saved, _)] = calls
+    assert [candidate.name for candidate in candidates] == ["one", "two"]
+    assert named["texts"] == {"a": ["text a"], "b": ["text b"]}
+    assert named["tasks_named"] == ["blimp", "piqa", "copa"]
+    assert (named["baseline"].name, named["windows"], saved) == ("m", 60, (Path("r"),))
+    assert "the table" in shown.output
 
 
-def test_several_values_stop_at_the_next_option(calls: Calls):
-    assert cli("evaluate", "--text", "a.txt", "--text=b.txt", "--out", "r", "one").exit_code == 0
-    assert calls[0][1] == (["one"],)
-    assert calls[0][2]["texts"] == [Path("a.txt"), Path("b.txt")]
-    calls.clear()
-    assert cli("evaluate", "--text", "a.txt", "--", "one").exit_code == 0
-    assert calls[0][1] == (["one"],)
+def test_without_a_text_the_held_out_library_is_read(calls: Calls):
+    assert cli("evaluate", "demo").exit_code == 0
+    assert list(calls[0][2]["texts"]) == ["python_stdlib_test"]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--text", "a.txt", "--text=b.txt", "--out", "r", "one"],
+    ["--text", "a.txt", "b.txt", "--", "one"],
+    ["one", "--text", "a.txt", "b.txt"],
+])
+def test_several_values_stop_at_the_next_option(arguments: list[str]):
+    texts: list[Any] = []
+    names: list[str] = []
+
+    def take(models: list[str], text: Annotated[list[Path] | None, typer.Option("--text")] = None,
+             out: Annotated[str, typer.Option("--out")] = "") -> None:
+        names.extend(models)
+        texts.extend(text or ())
+
+    alone = typer.Typer()
+    alone.command(cls=Greedy)(take)
+    assert CliRunner().invoke(alone, arguments).exit_code == 0
+    assert (names, texts) == (["one"], [Path("a.txt"), Path("b.txt")])
+
+
+def test_an_unknown_setting(calls: Calls):
+    shown = cli("evaluate", "one", "--set", "window=3")
+    assert shown.exit_code == 2
+    assert "there is no setting 'window'; did you mean 'windows'?" in shown.stderr
 
 
 def test_generate_prints_as_it_goes(calls: Calls):

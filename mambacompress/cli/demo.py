@@ -23,4 +23,4 @@ def demo(
 
     quantize("demo", recipe="w8a8", out=out / "demo-w8a8")
     evaluate([str(out / "demo-w8a8")], baseline="demo", out=out / "demo-report")
-    report(out / "demo-report")
+    report([out / "demo-report"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -146,15 +145,6 @@ def compressed(made: Compressed) -> None:
     console.print(
         Text(f"Next: mambacompress evaluate {made.directory} --baseline MODEL, or mc.load({str(made.directory)!r})")
     )
-
-
-def evaluation(result: Any, out: Path) -> None:
-    """The report's table as Markdown, and where it lies."""
-    console = _console()
-    markdown = out / "report.md"
-    if markdown.is_file():
-        console.print(Text(markdown.read_text(encoding="utf-8")))
-    console.print(Text(f"{out / 'report.html'}"))
 
 
 def checks(results: Iterable[CheckResult]) -> None:

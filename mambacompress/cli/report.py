@@ -9,17 +9,24 @@ import typer
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="REPORT_DIR", help="What `evaluate --out` wrote.")] = Path(
-        "report"
-    ),
+    reports: Annotated[
+        list[Path] | None, typer.Argument(metavar="REPORT_DIR", help="What `evaluate --out` wrote. [default: report]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write.", show_default="the first REPORT_DIR")
+    ] = None,
 ) -> None:
-    """Render report.json again: report.md, and report.html with the accuracy-size plot (one file, works offline).
+    """Render reports again, several as one: report.json, report.md, and report.html with the accuracy-size plot.
 
-    **Example**
+    **Examples**
 
-    `mambacompress report report`
+    `mambacompress report demo-report`
+
+    `mambacompress report report-w8a8 report-w4a16 --out both`
     """
-    from mambacompress.eval.report import render
+    from mambacompress.eval import merged
 
-    for path in render(directory):
-        typer.echo(str(path))
+    named = reports or [Path("report")]
+    page = merged(named).save(out or (named[0].parent if named[0].is_file() else named[0]))
+    for name in ("report.json", "report.md", page.name):
+        typer.echo(str(page.with_name(name)))
