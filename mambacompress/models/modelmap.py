@@ -45,15 +45,15 @@ class Site:
 
     quantity: x z dt_low dt B C y conv embed head. tensor: the recipe's name of the parameter (in_proj, x_proj, dt_proj,
     out_proj, conv, embedding, head). path: dotted path of the weight's owner below ``root``, looked up at each use, so that
-    a site stays right when a pass replaces the module. rows: the rows of the weight that hold the quantity. reads / writes: stream names, or None.
-    layout: ``linear`` [out, in]; ``embedding`` [V, D] (writes along columns); ``depthwise`` [E, K] (reads and writes E).
+    a site stays right when a pass replaces the module. rows: the rows of the weight that hold the quantity. reads / writes:
+    stream names, or None. layout: ``linear`` [out, in]; ``embedding`` [V, D] (writes along columns); ``depthwise`` [E, K] (reads and writes E).
     """
 
     quantity: str
     tensor: str
     root: nn.Module
     path: str
-    rows: slice = slice(None)
+    rows: slice = field(default_factory=lambda: slice(None), hash=False)
     reads: str | None = None
     writes: str | None = None
     layout: str = "linear"
@@ -84,8 +84,9 @@ class Site:
         return None if bias is None or self.layout == "embedding" else bias.data
 
     def scale_input(self, s: Tensor) -> None:
-        """W ← W · diag(s): the columns that read the stream."""
-        self.set(self.get() * s.double())
+        """W ← W · diag(s): the columns that read the stream (a depthwise convolution reads channel i in its row i)."""
+        s = s.double()
+        self.set(self.get() * (s.reshape(-1, *[1] * (self.weight.dim() - 1)) if self.layout == "depthwise" else s))
 
     def scale_output(self, s: Tensor) -> None:
         """W ← diag(s) · W, and the bias with it: the rows that write the stream."""
@@ -173,7 +174,11 @@ class Block:
 
 @dataclass
 class ModelMap:
-    """The host as passes see it. ``embedding`` and ``head`` are sites of the residual; ``tied``: they share one weight."""
+    """The host as passes see it.
+
+    embedding, head: sites of the residual; tied: they share one weight. left_alone: full path of every parameter that no site
+    holds -> why no pass edits it as a matrix.
+    """
 
     host: nn.Module
     family: str
@@ -196,6 +201,36 @@ class ModelMap:
         return found
 
 
+    def held(self) -> set[str]:
+        """Full paths of the parameters that sites hold: their weights, and the biases that move with them."""
+        sites = [(f"{block.path}.{site.path}", site) for block in self.blocks for site in block.sites]
+        sites += [(site.path, site) for site in (self.embedding, self.head)]
+        return {f"{path}.{name}" for path, site in sites for name, _ in site.module.named_parameters(recurse=False)}
+
+
+def parameters_left_alone(model_map: ModelMap) -> dict[str, str]:
+    """Full path -> reason, for every parameter of the host that no site holds."""
+    held = model_map.held()
+    found = {}
+    for name, _ in model_map.host.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        if name not in held:
+            norm = owner == model_map.final_norm_path or owner.endswith(".norm")
+            found[name] = _NORM if norm else _LEFT_ALONE.get(leaf, _UNKNOWN)
+    return found
+
+
+_NORM = "a norm's weight is one number a channel: it can be folded into its readers, else it stays in fp32"
+_UNKNOWN = "no pass knows this parameter: it is kept as it is"
+_LEFT_ALONE = {
+    "A_log": "the decay is exponentiated at every step: an error in it grows with the sequence",
+    "D": "one number a channel or head, applied in fp32 inside the scan",
+    "dt_bias": "added to the step size in fp32, before its softplus",
+    "norm_weight": "the gated norm's weight is one number a channel: it can be scaled, never rotated",
+    "direction_B": "a few numbers a state, added to B",
+}
+
+
 def set_module(root: nn.Module, path: str, module: nn.Module | None) -> None:
     """Put ``module`` at the dotted ``path`` below ``root``."""
     parent, _, name = path.rpartition(".")
@@ -203,7 +238,7 @@ def set_module(root: nn.Module, path: str, module: nn.Module | None) -> None:
 
 
 def s6_sites(mixer: S6Mixer, root: nn.Module, path: str) -> tuple[list[Site], dict[str, Stream]]:
-    """The sites and streams of an S6Mixer. Streams: residual (shared), x, u, u@x_proj, dt_low, y, z."""
+    """The sites and streams of an S6Mixer. Streams: residual (the model's), x, z, u, dt_low, B, C, y."""
     E = mixer.d_inner
     sites = [Site("x", "in_proj", root, f"{path}.in_proj", slice(0, E), RESIDUAL, "x")]
     if mixer.gate is not None:
@@ -230,6 +265,10 @@ def s6_sites(mixer: S6Mixer, root: nn.Module, path: str) -> tuple[list[Site], di
     if mixer.norm is not None:
         norm_after_scan = "a norm follows the scan, so its input cannot be scaled"
     dt_refuses = {} if normed is None else {"scale": "dt, B and C pass a weightless norm that would undo the scale"}
+    state_refuses = dt_refuses | {
+        "rotate": "A differs over the states of a channel: only a scale per state keeps the function"}
+    projection = mixer.paths[0].projection
+    span = projection.groups * projection.d_state
     nonlinear = "it passes an elementwise nonlinearity"
     streams = {
         "x": Stream("x", E, {"rotate": f"{nonlinear} after the convolution"}),
@@ -237,11 +276,9 @@ def s6_sites(mixer: S6Mixer, root: nn.Module, path: str) -> tuple[list[Site], di
         "u": Stream("u", E, {"rotate": "the scan is elementwise in its channels"}
                     | ({"scale": norm_after_scan} if norm_after_scan else {})),
         "y": Stream("y", E, {"rotate": "the gate is elementwise, nothing before it can absorb a rotation"}),
-        "dt_low": Stream("dt_low", mixer.paths[0].projection.dt_rank, dt_refuses),
-        "B": Stream("B", mixer.paths[0].projection.d_state, dict(dt_refuses)
-                    | {"rotate": "A differs over the states of a channel: only a scale per state keeps the function"}),
-        "C": Stream("C", mixer.paths[0].projection.d_state, dict(dt_refuses)
-                    | {"rotate": "A differs over the states of a channel: only a scale per state keeps the function"}),
+        "dt_low": Stream("dt_low", projection.dt_rank, dt_refuses),
+        "B": Stream("B", span, state_refuses),
+        "C": Stream("C", span, state_refuses),
     }
     return sites, streams
 
@@ -263,6 +300,7 @@ def ssd_sites(mixer: SSDMixer, root: nn.Module, path: str) -> tuple[list[Site], 
         "u": Stream("u", E + 2 * S, {"rotate": "the convolution is elementwise in its channels",
                                      "scale": "a norm follows the scan, and B and C leave the same convolution"}),
         "y": Stream("y", E, {"rotate": "the gate and the norm before it are elementwise: only an online rotation is exact"}),
+        "dt": Stream("dt", H, {"rotate": f"{nonlinear}: the softplus", "scale": f"{nonlinear}: the softplus"}),
     }
     return sites, streams
 

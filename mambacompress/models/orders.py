@@ -47,6 +47,8 @@ _FORWARD: dict[str, Callable[[tuple[int, int]], Tensor]] = {
     "serpentine-transposed": _serpentine_transposed,
 }
 
+#: Directions of a step, PlainMamba's numbering.
+START, RIGHT, LEFT, UP, DOWN = range(5)
 #: VMamba's cross-scan (SS2D): rows, columns, and both reversed.
 CROSS = ("identity", "transposed", "flip", "transposed-flip")
 #: PlainMamba's continuous 2-D scan.
@@ -97,6 +99,22 @@ class Order:
         perm = self.permutation(y_BLC.shape[1], grid).to(y_BLC.device)
         return y_BLC[:, torch.argsort(perm)]
 
+    def directions(self, length: int, grid: tuple[int, int] | None = None) -> Tensor:
+        """How each token is reached: [L] of START, RIGHT, LEFT, UP, DOWN (0 to 4), in the order's own sequence.
+
+        A step that crosses rows and columns at once (a raster's line break) counts as the move between rows.
+        """
+        perm = self.permutation(length, grid)
+        width = length if grid is None else grid[1]
+        rows, columns = (perm // width).diff(), (perm % width).diff()
+        steps = torch.where(columns > 0, RIGHT, LEFT)
+        steps = torch.where(rows < 0, UP, torch.where(rows > 0, DOWN, steps))
+        return torch.cat([torch.full((1,), START), steps])
+
+
+#: The raster itself.
+IDENTITY = Order()
+
 
 @lru_cache(maxsize=64)
 def _permutation(name: str, grid: tuple[int, int]) -> Tensor:
@@ -120,3 +138,7 @@ class Merge:
         for y_BLE in outputs[1:]:
             total = total + y_BLE
         return total / len(outputs) if self.rule == "mean" and len(outputs) > 1 else total
+
+
+#: The plain sum.
+SUM = Merge()

@@ -13,6 +13,8 @@ names: a configuration that is not known raises and names the mixer.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mambacompress.errors import UserError
+from mambacompress.models.exact import KeepDouble
 from mambacompress.models.mixers import Mixer, MixerState, S6Mixer, SSDMixer
-from mambacompress.models.modelmap import RESIDUAL, Block, ModelMap, Site, Stream
+from mambacompress.models.modelmap import RESIDUAL, Block, ModelMap, Site, Stream, parameters_left_alone
 
 
 class Hosted(Mixer):
@@ -33,11 +36,11 @@ class Hosted(Mixer):
     layer_idx: int
 
     def forward(self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None,
-                **_: Any) -> Tensor:
+                seq_idx: Tensor | None = None, **_: Any) -> Tensor:
         state = None if cache_params is None else self._read(cache_params)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -hidden_states.shape[1]:]
-        y_BLD, state = self.mix(hidden_states, state, attention_mask)
+        y_BLD, state = self.mix(hidden_states, state, attention_mask, seq_idx)
         if cache_params is not None and state is not None:
             self._write(cache_params, state)
         return y_BLD
@@ -129,24 +132,26 @@ class Family:
         """The map of an adopted transformers language model."""
         blocks = [Block.of(i, f"backbone.layers.{i}", module) for i, module in enumerate(host.backbone.layers)]
         config = host.config
-        return ModelMap(
+        model_map = ModelMap(
             host=host, family=self.model_type, blocks=blocks,
             embedding=Site("embed", "embedding", host, "backbone.embeddings", writes=RESIDUAL,
                            layout="embedding"),
             final_norm=host.backbone.norm_f, final_norm_path="backbone.norm_f",
             head=Site("head", "head", host, "lm_head", reads=RESIDUAL),
             tied=bool(config.tie_word_embeddings), residual=Stream(RESIDUAL, config.hidden_size))
+        model_map.left_alone = parameters_left_alone(model_map)
+        return model_map
 
     # -- proof -------------------------------------------------------------------------------------------------------
 
     def prove(self, config: Any) -> float:
         """Compare with the stock mixer in fp64 on a small random instance; returns the worst relative difference.
 
-        Raises UserError naming the mixer where they differ by more than 1e-9 in one shot, step by step or left-padded.
+        Raises UserError naming the mixer where they differ by more than 1e-9 in one shot, step by step, in chunks or left-padded.
         """
         small = self.shrink(copy.deepcopy(config))
         worst = 0.0
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), KeepDouble(), _quiet():
             torch.manual_seed(0)
             for layer_idx in range(2):
                 stock = self.stock_mixer(small, layer_idx)
@@ -156,13 +161,10 @@ class Family:
                 x_BLD = torch.randn(2, 7, small.hidden_size, dtype=torch.float64)
                 expected = stock(x_BLD)
                 one_shot = ours(x_BLD)
-                state, steps = None, []
-                for t in range(7):
-                    y_B1D, state = ours.mix(x_BLD[:, t : t + 1], state)
-                    steps.append(y_B1D)
                 mask = torch.ones(2, 7)
                 mask[0, :3] = 0
-                pairs = {"in one shot": (one_shot, expected), "step by step": (torch.cat(steps, 1), expected)}
+                pairs = {"in one shot": (one_shot, expected), "step by step": (_continued(ours, x_BLD, 1), expected),
+                         "in chunks": (_continued(ours, x_BLD, 3), expected)}
                 if getattr(ours.in_proj, "bias", None) is None:
                     # With an input bias the stock mixer lets padding into its state; ours does not.
                     pairs["left-padded"] = (ours(x_BLD, attention_mask=mask)[0, 3:], stock(x_BLD, attention_mask=mask)[0, 3:])
@@ -179,7 +181,7 @@ class Family:
         weight = ours.in_proj.weight
         if weight.is_meta:
             return
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():
             torch.manual_seed(0)
             x_BLD = torch.randn(1, 5, weight.shape[1]).to(weight)
             got, want = ours(x_BLD).float(), stock(x_BLD).float()
@@ -210,6 +212,27 @@ def restore_host(family: Family, host: Any) -> Any:
         if isinstance(layer.mixer, Hosted):
             layer.mixer = family.restore_mixer(layer.mixer, host.config)
     return host
+
+
+def _continued(mixer: Mixer, x_BLD: Tensor, size: int) -> Tensor:
+    state, outputs = None, []
+    for chunk_BlD in x_BLD.split(size, dim=1):
+        y_BlD, state = mixer.mix(chunk_BlD, state)
+        outputs.append(y_BlD)
+    return torch.cat(outputs, 1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' hints to install the stock mixers' kernels: only the proof runs them."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _assign(root: nn.Module, name: str, source: Tensor, shape: torch.Size) -> None:

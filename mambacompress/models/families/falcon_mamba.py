@@ -22,7 +22,7 @@ class FalconMambaFamily(Family):
     def stock_mixer(self, config: Any, layer_idx: int) -> nn.Module:
         from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
 
-        return FalconMambaMixer(config, layer_idx)
+        return FalconMambaMixer(config, layer_idx, initialize_mixer_weights=False)
 
     def shrink(self, config: Any) -> Any:
         return shrink_s6(config)

@@ -37,7 +37,7 @@ class MambaFamily(Family):
     def stock_mixer(self, config: Any, layer_idx: int) -> nn.Module:
         from transformers.models.mamba.modeling_mamba import MambaMixer
 
-        return MambaMixer(config, layer_idx)
+        return MambaMixer(config, layer_idx, initialize_mixer_weights=False)
 
     def shrink(self, config: Any) -> Any:
         return shrink_s6(config)

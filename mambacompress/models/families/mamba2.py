@@ -38,7 +38,7 @@ class Mamba2Family(Family):
     def stock_mixer(self, config: Any, layer_idx: int) -> nn.Module:
         from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-        return Mamba2Mixer(config, layer_idx)
+        return Mamba2Mixer(config, layer_idx, initialize_mixer_weights=False)
 
     def shrink(self, config: Any) -> Any:
         groups = min(config.n_groups, 2)
