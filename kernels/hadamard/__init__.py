@@ -1,133 +1,80 @@
-"""hadamard: the fast orthonormal Hadamard transform with random signs, block-diagonal where the size asks for it.
+"""hadamard: a fast orthonormal Hadamard rotation of the last dimension, with random signs and blocks.
 
-Sizes m * 2^k with m in {1, 12, 20, 28, 36}: the base matrices come from Paley's constructions, computed here, so that there
-is one table and every matrix is reproducible. H_n = H_m (x) H_{2^k} / sqrt(n). Some bases are not symmetric: transposes are
-explicit. A size that is not of this form is transformed in blocks of the largest supported divisor, never zero-padded.
+    R = diag(signs) H        y = x R, or x Rᵀ with ``transpose``
 
-Rows are transformed element by element in a fixed order: a token's result does not depend on how many tokens come with it.
-
-Source: R. Paley, On orthogonal matrices (1933). Legend: n channels, m base size.
+``block`` makes H block-diagonal, for sizes that have no Hadamard matrix (3712 = 29 blocks of 128). Nothing is ever
+padded: a padded transform cut back to its size is not orthogonal.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-BASES = (1, 12, 20, 28, 36)
+from mambacompress.kernels.hadamard.reference import (
+    BASES,
+    base_matrix,
+    hadamard_matrix,
+    hadamard_reference,
+    largest_block,
+    split,
+    supported,
+)
 
 
-def supported(n: int) -> bool:
-    """Whether a single Hadamard matrix of size ``n`` is in the table."""
-    return _split(n) is not None
+def hadamard(x: Tensor, signs: Tensor | None = None, *, block: int | None = None, transpose: bool = False) -> Tensor:
+    """x @ R (or x @ Rᵀ) along the last dimension; R = diag(signs) H is orthonormal.
 
-
-def largest_block(n: int) -> int:
-    """The largest supported size that divides ``n``: the block of a block-diagonal transform (1 for odd n)."""
-    if n < 1:
-        raise ValueError(f"no Hadamard transform has size {n}")
-    return max(size for size in range(1, n + 1) if n % size == 0 and supported(size))
-
-
-@lru_cache(maxsize=32)
-def _matrix(n: int) -> Tensor:
-    split = _split(n)
-    if split is None:
-        raise ValueError(f"there is no Hadamard matrix of size {n} in the table; sizes are m * 2^k, m in {BASES}")
-    base, doubled = _base(split[0]), torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(split[1].bit_length() - 1):
-        doubled = torch.cat([torch.cat([doubled, doubled], 1), torch.cat([doubled, -doubled], 1)])
-    return torch.kron(base, doubled) / n**0.5
-
-
-def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The orthonormal H [n, n]: H @ H.T is the identity. Raises ValueError for a size that is not in the table."""
-    return _matrix(n).to(dtype, copy=True)
-
-
-def hadamard(x: Tensor, signs_n: Tensor | None = None, *, block: int | None = None, transpose: bool = False) -> Tensor:
-    """x @ R with R = diag(signs) @ H (block-diagonal in blocks of ``block``); ``transpose`` gives x @ R.T.
-
-    x: [..., n], any float dtype, computed in fp32 (fp64 for fp64). signs: [n] of ±1, or None. block: n where None.
-    Raises ValueError where the block does not divide n or is not in the table.
+    x: [..., n], any float dtype (computed in fp32, fp64 for fp64). signs: [n] of ±1, any dtype. block: a supported size
+    that divides n. Differentiable in x. Raises ValueError where the size is not supported, naming the largest block.
     """
+    check_arguments(x, signs, block)
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return _op(x, signs, block or x.shape[-1], transpose)
+    return _run(x, signs, block or x.shape[-1], transpose)
+
+
+def check_arguments(x: Tensor, signs: Tensor | None, block: int | None) -> None:
+    """Raise ValueError where shapes, dtypes or sizes do not fit."""
+    if x.dim() < 1 or not x.is_floating_point():
+        raise ValueError(f"hadamard rotates float tensors [..., n], not {tuple(x.shape)} of {x.dtype}")
     n = x.shape[-1]
-    block = n if block is None else block
-    split = _split(block)
-    if n % block or split is None:
-        raise ValueError(f"a Hadamard transform of {n} channels in blocks of {block} is not in the table")
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = x.to(dtype)
-    if signs_n is not None and not transpose:
-        y = y * signs_n.to(dtype)
-    m, width = split
-    y = y.reshape(*x.shape[:-1], n // block, m, width)
-    y = _butterfly(y)
-    if m > 1:
-        y = _dense(y, _base(m).to(dtype).to(y.device), transpose)
-    y = y.reshape(x.shape) * (1.0 / block**0.5)
-    if signs_n is not None and transpose:
-        y = y * signs_n.to(dtype)
-    return y.to(x.dtype)
+    size = n if block is None else block
+    if size < 1 or n % size:
+        raise ValueError(f"hadamard: {n} channels are no whole number of blocks of {size}")
+    if split(size) is None:
+        raise ValueError(f"no Hadamard matrix of order {size}; for {n} channels use block={largest_block(n)}")
+    if signs is not None and signs.shape != (n,):
+        raise ValueError(f"hadamard: signs have shape {tuple(signs.shape)}, expected ({n},)")
 
 
-def _butterfly(y: Tensor) -> Tensor:
-    """y @ H over the last dimension (a power of two), unnormalised; symmetric, so its own transpose."""
-    width, shape = 1, y.shape
-    while width < shape[-1]:
-        pairs = y.reshape(*shape[:-1], shape[-1] // (2 * width), 2, width)
-        first, second = pairs.unbind(-2)
-        y = torch.stack([first + second, first - second], -2).reshape(shape)
-        width *= 2
-    return y
+def _run(x: Tensor, signs: Tensor | None, block: int, transpose: bool) -> Tensor:
+    return hadamard_reference(x, signs, block=block, transpose=transpose)
 
 
-def _dense(y: Tensor, base: Tensor, transpose: bool) -> Tensor:
-    """The base part of y @ (H_m (x) .): sum_i y[..., i, :] H[i, j], added in order of i."""
-    matrix = base.T if transpose else base
-    total = y[..., :1, :] * matrix[0][:, None]
-    for i in range(1, matrix.shape[0]):
-        total = total + y[..., i : i + 1, :] * matrix[i][:, None]
-    return total
+@torch.library.custom_op("mambacompress::hadamard", mutates_args=())
+def _op(x: Tensor, signs: Tensor | None, block: int, transpose: bool) -> Tensor:
+    y = _run(x, signs, block, transpose)
+    return y.clone() if y is x else y
 
 
-def _split(n: int) -> tuple[int, int] | None:
-    """(m, 2^k) with n = m * 2^k, the largest m of the table that fits, or None."""
-    for m in reversed(BASES):
-        width, rest = divmod(n, m)
-        if rest == 0 and width >= 1 and width & (width - 1) == 0:
-            return m, width
-    return None
+@_op.register_fake
+def _fake(x: Tensor, signs: Tensor | None, block: int, transpose: bool) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-@lru_cache(maxsize=8)
-def _base(m: int) -> Tensor:
-    """Unnormalised ±1 matrix of size m. Paley I (q = 11, 19) for 12 and 20, Paley II (q = 13, 17) for 28 and 36."""
-    if m == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
-    if m in (12, 20):
-        q = m - 1
-        core = torch.zeros(m, m, dtype=torch.float64)
-        core[0, 1:], core[1:, 0] = 1, -1
-        core[1:, 1:] = _jacobsthal(q)
-        return torch.eye(m, dtype=torch.float64) + core
-    q = m // 2 - 1
-    conference = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-    conference[0, 1:], conference[1:, 0] = 1, 1
-    conference[1:, 1:] = _jacobsthal(q)
-    off = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-    return torch.kron(conference, off) + torch.kron(torch.eye(q + 1, dtype=torch.float64), diagonal)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, signs, ctx.block, ctx.transpose = inputs
+    ctx.save_for_backward(signs)
 
 
-def _jacobsthal(q: int) -> Tensor:
-    """Q[i, j] = the quadratic character of i - j modulo the prime q."""
-    squares = {i * i % q for i in range(1, q)}
-    character = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)], dtype=torch.float64)
-    index = torch.arange(q)
-    return character[(index[:, None] - index[None]) % q]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    (signs,) = ctx.saved_tensors
+    return _op(grad, signs, ctx.block, not ctx.transpose), None, None, None
 
 
-__all__ = ["BASES", "hadamard", "hadamard_matrix", "largest_block", "supported"]
+_op.register_autograd(_backward, setup_context=_setup)
+
+__all__ = ["BASES", "base_matrix", "hadamard", "hadamard_matrix", "hadamard_reference", "largest_block", "supported"]

@@ -1,65 +1,91 @@
-"""int4_linear: y = x Wᵀ with 4-bit weights in groups along the input, and int8, int4-range or float activations.
+"""int4_linear: y = x Wᵀ + bias on int4 weights in groups, multiplied as integers.
 
-Two codes a byte: the low nibble is the even column; stored as code + 8. A group's integer product is exact in int32; the
-groups' products are scaled and added in order, so a row's result does not depend on the other rows.
+The counterpart of int8_linear; see reference.py for storage and exact rounding.
 
-Legend: M rows (tokens), I inputs, O outputs, g group size.
+Legend: T rows (tokens), I inputs, O outputs, G groups, g inputs a group.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mambacompress.kernels.int8_linear import check, int_matmul, quantize_rows
+from mambacompress.kernels.int4_linear.reference import (
+    centred_codes,
+    dequantize_int4,
+    int4_linear_reference,
+    pack_nibbles,
+    unpack_nibbles,
+)
+from mambacompress.kernels.int8_linear import check_input, qmax_of, wide_dtype
 
 
-def unpack(qweight: Tensor) -> Tensor:
-    """uint8 [O, I/2] -> int8 codes [O, I] in -8..7."""
-    return torch.stack([qweight & 15, qweight >> 4], -1).flatten(-2).to(torch.int8) - 8
+def int4_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None = None, bias: Tensor | None = None, *,
+    group_size: int, activation: str = "token", act_scale: Tensor | None = None, act_bits: int = 8,
+) -> Tensor:
+    """y [..., O] = x [..., I] Wᵀ + bias, in x's dtype, W = (nibble - zero) * scale.
 
-
-def int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias_O: Tensor | None = None, *, group_size: int | None = None,
-                activation: str = "none", act_scale: Tensor | None = None, act_bits: int = 8) -> Tensor:
-    """x [..., I] times the packed weight: [..., O] in x's dtype.
-
-    qweight: uint8 [O, I/2]; scale: fp16 or fp32 [O, I/g], g = ``group_size`` (I where None). Activations as in int8_linear.
-    Raises ValueError for an unknown mode or shapes that do not fit.
+    qweight: uint8 [O, I/2], low nibble = even column; scale: fp32 or fp16 [O, I/group_size]; zero: uint8 of 0..15,
+    the same shape, or None for 8 everywhere; bias: [O]. group_size: even, divides I. The rest as in ``int8_linear``.
     """
-    inputs = 2 * qweight.shape[1]
-    check(x, inputs, activation)
-    group = inputs if group_size is None else group_size
-    if scale.shape != (qweight.shape[0], inputs // group) or inputs % group:
-        raise ValueError(f"scales have shape {tuple(scale.shape)}, groups of {group} need {(qweight.shape[0], inputs // group)}")
-    return torch.ops.mambacompress.int4_linear(x, qweight, scale, bias_O, group, activation, act_scale, act_bits)
+    check_arguments(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return _op(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
+    return _run(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
+
+
+def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+                    group_size: int, activation: str, act_scale: Tensor | None, act_bits: int) -> None:
+    """Raise ValueError, naming what does not fit."""
+    if qweight.dim() != 2 or qweight.dtype != torch.uint8:
+        raise ValueError(f"int4_linear wants a uint8 weight [O, I/2], not {tuple(qweight.shape)} of {qweight.dtype}")
+    outputs, inputs = qweight.shape[0], qweight.shape[1] * 2
+    check_input("int4_linear", x, outputs, inputs, bias, activation, act_scale, act_bits)
+    if group_size < 2 or group_size % 2 or inputs % group_size:
+        raise ValueError(f"int4_linear: groups of {group_size} do not divide the weight [{outputs}, {inputs}] "
+                         "(even groups only)")
+    expected = (outputs, inputs // group_size)
+    for name, tensor in (("scale", scale), ("zero", zero)):
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(f"int4_linear: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def _run(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int,
+         activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
+    return int4_linear_reference(x, qweight, scale, zero, bias, group_size=group_size, activation=activation,
+                                 act_scale=act_scale, act_bits=act_bits)
 
 
 @torch.library.custom_op("mambacompress::int4_linear", mutates_args=())
-def _int4_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, group: int, activation: str,
-                 act_scale: Tensor | None, act_bits: int) -> Tensor:
-    x_MI = x.reshape(-1, x.shape[-1])
-    codes_OI = unpack(qweight)
-    if activation == "none":
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weight_OI = (codes_OI.unflatten(1, (-1, group)).to(dtype) * scale.to(dtype)[..., None]).flatten(1)
-        y_MO = x_MI.to(dtype) @ weight_OI.t()
-    else:
-        codes_MI, row_scale = quantize_rows(x_MI, activation, act_scale, act_bits)
-        y_MO = torch.zeros(x_MI.shape[0], codes_OI.shape[0], device=x.device)
-        for i, start in enumerate(range(0, codes_OI.shape[1], group)):
-            part = slice(start, start + group)
-            product = int_matmul(codes_MI[:, part].contiguous(), codes_OI[:, part].contiguous())
-            y_MO = y_MO + product.float() * scale[:, i].float()
-        y_MO = y_MO * row_scale
-    if bias is not None:
-        y_MO = y_MO + bias.to(y_MO.dtype)
-    return y_MO.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
+def _op(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int,
+        activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
+    return _run(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
 
 
-@_int4_linear.register_fake
-def _(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, group: int, activation: str,
-      act_scale: Tensor | None, act_bits: int) -> Tensor:
+@_op.register_fake
+def _fake(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int,
+          activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
-__all__ = ["int4_linear", "unpack"]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scale, zero, _, _, activation, act_scale, act_bits = inputs
+    inside = None
+    if activation == "tensor":  # clipped inputs get no gradient
+        inside = x.abs() <= act_scale.to(wide_dtype(x)) * qmax_of(act_bits)
+    ctx.save_for_backward(qweight, scale, zero, inside)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    qweight, scale, zero, inside = ctx.saved_tensors
+    wide = wide_dtype(grad)
+    grad_x = (grad.to(wide) @ dequantize_int4(qweight, scale, zero, wide)).to(grad.dtype)
+    return (grad_x if inside is None else grad_x * inside, *[None] * 8)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+__all__ = ["centred_codes", "dequantize_int4", "int4_linear", "int4_linear_reference", "pack_nibbles", "unpack_nibbles"]

@@ -1,80 +1,105 @@
-"""int8_linear: y = x Wᵀ with int8 weights, one scale a row, and int8 (W8A8) or float (W8A16) activations.
+"""int8_linear: y = x Wᵀ + bias on int8 weights with one scale an output, multiplied as integers.
 
-W8A8 quantizes each token's row to integers (its own scale, or one static scale), multiplies in int32, which is exact, and
-scales the sum once: the result of a row does not depend on the other rows, so prefill and decode agree bit for bit.
+Activations are quantized on the way in: ``token`` (a dynamic scale a row), ``tensor`` (one static scale) or ``none``
+(the weights alone are int8, the product is float). See reference.py for the exact rounding.
 
-Legend: M rows (tokens), I inputs, O outputs.
+Legend: T rows (tokens), I inputs, O outputs.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-MODES = ("token", "tensor", "none")
+from mambacompress.kernels.int8_linear.reference import (
+    MODES,
+    int8_linear_reference,
+    int_matmul,
+    qmax_of,
+    quantize_rows,
+    weight_only,
+    wide_dtype,
+)
 
 
-def quantize_rows(x_MI: Tensor, activation: str, act_scale: Tensor | None, act_bits: int) -> tuple[Tensor, Tensor]:
-    """(codes int8 [M, I], scale fp32 [M, 1] or []). token: scale = max|row| / q; tensor: the given scale. q = 127 or 7.
+def int8_linear(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, *, activation: str = "token",
+    act_scale: Tensor | None = None, act_bits: int = 8,
+) -> Tensor:
+    """y [..., O] = x [..., I] Wᵀ + bias, in x's dtype.
 
-    Rounding is half to even, codes are clamped to ±q.
+    qweight: int8 [O, I]; scale: fp32 [O]; bias: [O]. activation: ``token``, ``tensor`` (needs act_scale, one number) or
+    ``none``; act_bits: 8 or 4 (range ±127 or ±7, stored as int8 either way). The integer product is exact; a row's
+    result does not depend on the other rows. Differentiable in x, straight through the rounding. Raises ValueError
+    where shapes or modes do not fit.
     """
-    limit = 127 if act_bits == 8 else 2 ** (act_bits - 1) - 1
-    x_MI = x_MI.float()
-    if activation == "token":
-        scale = x_MI.abs().amax(dim=-1, keepdim=True) / limit
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    elif act_scale is None:
-        raise ValueError("static activations need act_scale")
-    else:
-        scale = act_scale.float()
-    return torch.clamp(torch.round(x_MI / scale), -limit, limit).to(torch.int8), scale
+    check_arguments(x, qweight, scale, bias, activation, act_scale, act_bits)
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return _op(x, qweight, scale, bias, activation, act_scale, act_bits)
+    return _run(x, qweight, scale, bias, activation, act_scale, act_bits)
 
 
-def int_matmul(codes_MI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Exact int32 product [M, O] of two int8 tensors."""
-    return torch._int_mm(codes_MI, weight_OI.t())
+def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str,
+                    act_scale: Tensor | None, act_bits: int) -> None:
+    """Raise ValueError, naming what does not fit."""
+    if qweight.dim() != 2 or qweight.dtype != torch.int8:
+        raise ValueError(f"int8_linear wants an int8 weight [O, I], not {tuple(qweight.shape)} of {qweight.dtype}")
+    outputs, inputs = qweight.shape
+    check_input("int8_linear", x, outputs, inputs, bias, activation, act_scale, act_bits)
+    if scale.shape != (outputs,):
+        raise ValueError(f"int8_linear: scale has shape {tuple(scale.shape)}, expected ({outputs},)")
 
 
-def int8_linear(x: Tensor, qweight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None, *, activation: str = "token",
-                act_scale: Tensor | None = None, act_bits: int = 8) -> Tensor:
-    """x [..., I] times the packed weight: [..., O] in x's dtype.
+def check_input(op: str, x: Tensor, outputs: int, inputs: int, bias: Tensor | None, activation: str,
+                act_scale: Tensor | None, act_bits: int) -> None:
+    """The checks that all integer linears share."""
+    if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] != inputs:
+        raise ValueError(f"{op}: the input is {tuple(x.shape)} of {x.dtype}, the weight [{outputs}, {inputs}] takes "
+                         f"floats [..., {inputs}]")
+    if activation not in MODES:
+        raise ValueError(f"{op}: unknown activation mode {activation!r}; known: {', '.join(MODES)}")
+    qmax_of(act_bits)
+    if activation == "tensor" and (act_scale is None or act_scale.numel() != 1):
+        raise ValueError(f"{op}: activation='tensor' needs act_scale, one number")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({outputs},)")
 
-    qweight: int8 [O, I]; scale: fp32 [O]; bias: [O]. activation: ``token`` (dynamic, a scale a row), ``tensor`` (static,
-    ``act_scale``) or ``none`` (float activations). act_bits: 8, or 4 for int4-range codes on the same path.
-    Raises ValueError for an unknown mode or shapes that do not fit.
-    """
-    check(x, qweight_OI.shape[1], activation)
-    return torch.ops.mambacompress.int8_linear(x, qweight_OI, scale_O, bias_O, activation, act_scale, act_bits)
+
+def _run(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
+         act_bits: int) -> Tensor:
+    return int8_linear_reference(x, qweight, scale, bias, activation=activation, act_scale=act_scale, act_bits=act_bits)
 
 
 @torch.library.custom_op("mambacompress::int8_linear", mutates_args=())
-def _int8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
-                 act_bits: int) -> Tensor:
-    x_MI = x.reshape(-1, x.shape[-1])
-    if activation == "none":
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        y_MO = x_MI.to(dtype) @ qweight.to(dtype).t() * scale.to(dtype)
-    else:
-        codes_MI, row_scale = quantize_rows(x_MI, activation, act_scale, act_bits)
-        y_MO = int_matmul(codes_MI, qweight).float() * row_scale * scale.float()
-    if bias is not None:
-        y_MO = y_MO + bias.to(y_MO.dtype)
-    return y_MO.to(x.dtype).reshape(*x.shape[:-1], qweight.shape[0])
+def _op(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
+        act_bits: int) -> Tensor:
+    return _run(x, qweight, scale, bias, activation, act_scale, act_bits)
 
 
-@_int8_linear.register_fake
-def _(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
-      act_bits: int) -> Tensor:
+@_op.register_fake
+def _fake(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
+          act_bits: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
-def check(x: Tensor, inputs: int, activation: str) -> None:
-    """Raise ValueError for an unknown mode or an input of another width."""
-    if activation not in MODES:
-        raise ValueError(f"unknown activation mode {activation!r}; known: {', '.join(MODES)}")
-    if x.shape[-1] != inputs:
-        raise ValueError(f"the input has {x.shape[-1]} channels, the packed weight takes {inputs}")
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, scale, _, activation, act_scale, act_bits = inputs
+    inside = None
+    if activation == "tensor":  # clipped inputs get no gradient
+        inside = x.abs() <= act_scale.to(wide_dtype(x)) * qmax_of(act_bits)
+    ctx.save_for_backward(qweight, scale, inside)
 
 
-__all__ = ["MODES", "int8_linear", "int_matmul", "quantize_rows"]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    qweight, scale, inside = ctx.saved_tensors
+    wide = wide_dtype(grad)
+    grad_x = ((grad.to(wide) * scale.to(wide)) @ qweight.to(wide)).to(grad.dtype)
+    return (grad_x if inside is None else grad_x * inside, *[None] * 6)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+__all__ = ["MODES", "check_input", "int8_linear", "int8_linear_reference", "int_matmul", "qmax_of", "quantize_rows",
+           "weight_only", "wide_dtype"]
