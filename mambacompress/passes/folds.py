@@ -216,7 +216,10 @@ class NormGateFold(OneStream):
 
 
 class ConvFold(OneStream):
-    """S3, alone or with S2 taking the change of y back (z times s), so that out_proj and its input stay as they are."""
+    """S3, alone or together with S2: y = scan * gate changes with both, so that u and y are balanced in one candidate.
+
+    Factors: ``u``, and ``z`` where the gate moves too; out_proj's columns take their product.
+    """
 
     name, label = "conv", "S3"
     what = "the convolution against x_proj's and out_proj's columns, activation u*sigmoid(s*u)"
@@ -236,16 +239,18 @@ class ConvFold(OneStream):
 
     def candidates(self, block: Block, ranges: Ranges, alphas: Sequence[float],
                    names: set[str]) -> Iterator[tuple[str, Scales]]:
-        weight = column_range(block.readers("u"))
-        for alpha in alphas:
-            s = balance(ranges["u"], weight, alpha)
-            if "gate" in names:
-                yield f"alpha {alpha:g}, y kept by the gate", {"u": s, "z": 1 / s}
-            yield f"alpha {alpha:g}", {"u": s}
-        s = normalised(_lifted(ranges["u"]))
+        weight, out = column_range(block.readers("u")), column_range(block.readers("y"))
+        factors = [(f"alpha {alpha:g}", balance(ranges["u"], weight, alpha), balance(ranges["y"], out, alpha))
+                   for alpha in alphas]
+        factors.append(("range of u", normalised(_lifted(ranges["u"])), factors[0][2]))
         if "gate" in names:
-            yield "range of u, y kept by the gate", {"u": s, "z": 1 / s}
-        yield "range of u", {"u": s}
+            for label, s, t in factors:
+                yield f"{label}, y by the gate", {"u": s, "z": t / s}
+            label, s, _ = factors[0]
+            yield f"{label}, y kept", {"u": s, "z": 1 / s}
+            factors = factors[:1]
+        for label, s, _ in factors:
+            yield label, {"u": s}
 
     def apply(self, block: Block, scales: Scales) -> None:
         s = scales["u"]
@@ -257,16 +262,15 @@ class ConvFold(OneStream):
         scale_inputs(block.readers("u"), s)
         if "z" in scales:
             scale_gate(block, scales["z"])
-        else:
-            scale_inputs(block.readers("y"), s)
+        scale_inputs(block.readers("y"), s * scales.get("z", torch.ones_like(s)))
 
     def move(self, ranges: Ranges, scales: Scales) -> None:
         for tap in ("u", "x_proj"):
             ranges.divide(tap, scales["u"])
+        ranges.divide("y", scales["u"])
         if "z" in scales:
             ranges.divide("z", scales["z"])
-        else:
-            ranges.divide("y", scales["u"])
+            ranges.divide("y", scales["z"])
 
 
 class StatesFold(Fold):
@@ -379,8 +383,9 @@ def _opened_y(block: Block) -> str | None:
     return "an online rotation before out_proj has opened a new stream" if rotated else None
 
 
-#: In the order they are tried: S4 while the measured state is that of the scan; S3 changes y, which S2 then balances.
+#: In the order they are tried: S4 while the measured state is that of the scan; S5 early, as an uneven dt drowns all else;
+#: S3 changes y, which S2 then balances.
 FOLDS: tuple[Fold, ...] = (
-    NormFold(), StatesFold(), ConvFold(), GateFold(), NormGateFold(), DtFold(), ConvInFold())
+    NormFold(), StatesFold(), DtFold(), ConvFold(), GateFold(), NormGateFold(), ConvInFold())
 
 __all__ = ["FOLDS", "Fold", "Ranges", "balance", "largest_state"]

@@ -40,7 +40,9 @@ from mambacompress.schema import SmoothConfig
 _MARGIN = 0.99
 """A fold must lower the error by 1 %: less is the noise of rounding."""
 _HOPELESS = 1.25
-"""Where the middle alpha is this much worse than nothing, the others are not tried."""
+"""Where the first candidate is this much worse than nothing, the others are not tried."""
+_INDIFFERENT = 1e-3
+"""Where the first candidate changes the error by less, the fold moves nothing that is rounded: the others neither."""
 _EXACT = 1e-12
 """Below this error nothing was quantized: there is nothing to gain."""
 
@@ -103,7 +105,8 @@ class Smooth(Pass):
             error = calibration.trial_error(trial)
             if error < limit:
                 chosen, limit = (label, scales, error), error
-            if i == 0 and mode == "auto" and error > best * _HOPELESS:
+            hopeless = error > best * _HOPELESS or abs(error - best) < best * _INDIFFERENT
+            if i == 0 and mode == "auto" and hopeless:
                 break
         return chosen
 
