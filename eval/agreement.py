@@ -46,16 +46,24 @@ def divergence(logits_LV: Tensor, baseline_LV: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def compare(model: Any, baseline: Any, windows: Windows, *, batch: int | None = None,
-            advance: perplexity.Advance | None = None) -> Agreement:
+def compare(
+    model: Any,
+    baseline: Any,
+    windows: Windows,
+    *,
+    batch: int | None = None,
+    advance: perplexity.Advance | None = None,
+) -> Agreement:
     """Read the same windows with both models, batch by batch.
 
     Raises UserError where the vocabularies differ: then the distributions cannot be compared.
     """
     vocabulary = perplexity.vocabulary_of(model)
     if vocabulary != perplexity.vocabulary_of(baseline):
-        raise UserError(f"the vocabularies differ: {vocabulary} and {perplexity.vocabulary_of(baseline)} tokens",
-                        "compare with the model this one was made from")
+        raise UserError(
+            f"the vocabularies differ: {vocabulary} and {perplexity.vocabulary_of(baseline)} tokens",
+            "compare with the model this one was made from",
+        )
     perplexity.check_vocabulary(windows, vocabulary)
     size = batch or max(1, windows.batch_size(vocabulary) // 2)
     losses: list[float] = []
@@ -68,7 +76,9 @@ def compare(model: Any, baseline: Any, windows: Windows, *, batch: int | None = 
         losses += perplexity.summed(perplexity.token_losses(logits_BLV, ids_BL), scored_BL)
         for logits_LV, other_LV, scored_L in zip(logits_BLV, other_BLV, scored_BL.to(logits_BLV.device), strict=True):
             ours_LV, theirs_LV = logits_LV[:-1][scored_L], other_LV[:-1][scored_L]
-            values_L = torch.cat([divergence(a, b) for a, b in zip(ours_LV.split(64), theirs_LV.split(64), strict=True)])
+            values_L = torch.cat(
+                [divergence(a, b) for a, b in zip(ours_LV.split(64), theirs_LV.split(64), strict=True)]
+            )
             kl.append(float(values_L.sum()))
             same.append(int((ours_LV.argmax(-1) == theirs_LV.argmax(-1)).sum()))
             kept.append(values_L.float().cpu().numpy())

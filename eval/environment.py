@@ -24,9 +24,12 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device | str = "cpu") -> str:
-    """One line: processor, cores of this process, instruction set torch sees, memory; the GPU where ``device`` is one."""
+    """One line: processor, cores of this process, instruction set torch sees, memory; the GPU where ``device`` is
+    one.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    line = f"{_processor()}, {cores} cores ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    level, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    line = f"{_processor()}, {cores} cores ({level}), {threads} thread{'s' if threads != 1 else ''}"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         line += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
     device = torch.device(device)
@@ -51,4 +54,6 @@ def backend() -> str:
         used.setdefault(choice.op, [])
         if choice.backend not in used[choice.op]:
             used[choice.op].append(choice.backend)
-    return ", ".join(f"{op}: {'+'.join(names)}" for op, names in sorted(used.items())) or "torch (no kernel of ours ran)"
+    return (
+        ", ".join(f"{op}: {'+'.join(names)}" for op, names in sorted(used.items())) or "torch (no kernel of ours ran)"
+    )

@@ -20,9 +20,16 @@ class Scorer(HFLM):
     read only their last tokens. advance is told the requests answered.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, batch: int, advance: Callable[[int], None]) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, max_length=max_length, batch_size=batch,
-                         softmax_dtype=torch.float32)
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_length: int, batch: int, advance: Callable[[int], None]
+    ) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            batch_size=batch,
+            softmax_dtype=torch.float32,
+        )
         self._advance = advance
         self.longest = self.cut = 0
 

@@ -39,19 +39,25 @@ def check_vocabulary(windows: Windows, vocabulary: int) -> None:
     """Raises UserError where the text's token ids do not fit the model."""
     largest = int(windows.tokens_L.max())
     if largest >= vocabulary:
-        raise UserError(f"the text holds token id {largest}, the model's vocabulary ends at {vocabulary - 1}",
-                        "use the tokenizer the model was trained with")
+        raise UserError(
+            f"the text holds token id {largest}, the model's vocabulary ends at {vocabulary - 1}",
+            "use the tokenizer the model was trained with",
+        )
 
 
 def token_losses(logits_BLV: Tensor, input_ids_BL: Tensor) -> Tensor:
     """Loss in nats of every predicted token, fp32 [B, L - 1], one sequence at a time."""
-    rows = [F.cross_entropy(logits_LV[:-1].float(), ids_L[1:].to(logits_LV.device), reduction="none")
-            for logits_LV, ids_L in zip(logits_BLV, input_ids_BL, strict=True)]
+    rows = [
+        F.cross_entropy(logits_LV[:-1].float(), ids_L[1:].to(logits_LV.device), reduction="none")
+        for logits_LV, ids_L in zip(logits_BLV, input_ids_BL, strict=True)
+    ]
     return torch.stack(rows)
 
 
 @torch.inference_mode()
-def window_losses(model: Any, windows: Windows, *, batch: int | None = None, advance: Advance | None = None) -> list[float]:
+def window_losses(
+    model: Any, windows: Windows, *, batch: int | None = None, advance: Advance | None = None
+) -> list[float]:
     """Sum of the losses, in nats, of the tokens every window scores.
 
     batch: windows a forward call; chosen from the vocabulary where None. advance is told the windows done.
@@ -72,6 +78,8 @@ def summed(losses: Tensor, scored: Tensor) -> list[float]:
     chosen = losses.double().masked_fill(~scored.to(losses.device), 0.0)
     totals = chosen.sum(dim=1)
     if not torch.isfinite(totals).all():
-        raise UserError("the model's loss on the evaluation text is NaN or infinite",
-                        "check the weights with `mambacompress verify`, or use a gentler recipe")
+        raise UserError(
+            "the model's loss on the evaluation text is NaN or infinite",
+            "check the weights with `mambacompress verify`, or use a gentler recipe",
+        )
     return totals.tolist()

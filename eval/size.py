@@ -1,15 +1,15 @@
 """Bytes, counted from the files themselves.
 
-A safetensors header names every tensor with its dtype, shape and byte range, so nothing is estimated and no weight is read. The
-files' bytes are what is compared; the categories say where they go and sum to the tensor bytes exactly:
+A safetensors header names every tensor with its dtype, shape and byte range, so nothing is estimated and no weight is
+read. The files' bytes are what is compared; the categories say where they go and sum to the tensor bytes exactly:
 
     embeddings   tensors of the embedding and of the head, their scales included (a tied one is stored and counted once)
     weights      integer codes of quantized matrices, and the matrices that stayed in float
     scales       scales and zero points       masks   N:M masks and indices
     other        norms, biases, A, D, convolutions, transforms
 
-Bits a weight = bits of embeddings + weights + scales + masks over the number of weights they stand for. How many a packed tensor
-stands for is not in its shape: the artifact's manifest says (int4 holds two a byte).
+Bits a weight = bits of embeddings + weights + scales + masks over the number of weights they stand for. How many a
+packed tensor stands for is not in its shape: the artifact's manifest says (int4 holds two a byte).
 """
 
 from __future__ import annotations
@@ -23,8 +23,23 @@ from typing import Any
 
 from mambacompress.errors import UserError
 
-ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,
-             "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
+ITEM_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+}
 CATEGORIES = ("weights", "scales", "masks", "embeddings", "other")
 MANIFEST = "mambacompress.json"
 _EMBEDDINGS = ("embed", "lm_head", "wte")
@@ -48,8 +63,9 @@ class TensorEntry:
 class SizeOnDisk:
     """What a model directory weighs.
 
-    tensor_bytes: of the safetensors files' tensors, split in ``categories``; header_bytes: their headers; file_bytes: the
-    sum. other_files: bytes of every other file by name (tokenizer, configuration). weights: how many, matrices only.
+    tensor_bytes: of the safetensors files' tensors, split in ``categories``; header_bytes: their headers; file_bytes:
+    the sum. other_files: bytes of every other file by name (tokenizer, configuration). weights: how many, matrices
+    only.
     """
 
     file_bytes: int
@@ -81,8 +97,10 @@ def read_header(file: Path) -> tuple[list[TensorEntry], int]:
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(f"{file} is no safetensors file, or damaged: {error}", "copy the model again") from error
     if 8 + length + sum(entry.nbytes for entry in entries) != size:
-        raise UserError(f"{file} has {size:,} bytes, its header speaks of {8 + length + sum(e.nbytes for e in entries):,}",
-                        "the file is truncated: copy the model again")
+        raise UserError(
+            f"{file} has {size:,} bytes, its header speaks of {8 + length + sum(e.nbytes for e in entries):,}",
+            "the file is truncated: copy the model again",
+        )
     return entries, 8 + length
 
 
@@ -110,12 +128,25 @@ def measure(directory: str | Path) -> SizeOnDisk:
                 weight_bytes += entry.nbytes
                 weights += _weights_in(entry, layout)
     named = {shard.name for shard in shards}
-    others = {path.relative_to(directory).as_posix(): path.stat().st_size
-              for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in named}
+    others = {
+        path.relative_to(directory).as_posix(): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in named
+    }
     state_bytes, state_note = state_of(_json(directory / "config.json"))
     tensor_bytes = sum(totals.values())
-    return SizeOnDisk(tensor_bytes + header_bytes, tensor_bytes, header_bytes, totals, dtypes, weights,
-                      8 * weight_bytes / weights if weights else math.nan, others, state_bytes, state_note)
+    return SizeOnDisk(
+        tensor_bytes + header_bytes,
+        tensor_bytes,
+        header_bytes,
+        totals,
+        dtypes,
+        weights,
+        8 * weight_bytes / weights if weights else math.nan,
+        others,
+        state_bytes,
+        state_note,
+    )
 
 
 def category_of(entry: TensorEntry) -> str:
@@ -135,7 +166,11 @@ def category_of(entry: TensorEntry) -> str:
 def _weights_in(entry: TensorEntry, layout: dict[str, Any]) -> int:
     """How many weights a tensor stands for; 0 for scales and masks."""
     path, _, leaf = entry.name.rpartition(".")
-    if leaf in _SCALES or leaf in _MASKS or leaf.endswith(("_scale", "_scales", "_zero", "_zeros", "_mask", "_indices")):
+    if (
+        leaf in _SCALES
+        or leaf in _MASKS
+        or leaf.endswith(("_scale", "_scales", "_zero", "_zeros", "_mask", "_indices"))
+    ):
         return 0
     items = math.prod(entry.shape)
     bits = _bits(layout.get(path, {}))
@@ -152,11 +187,19 @@ def _bits(spec: dict[str, Any]) -> int | None:
 
 def _shards(directory: Path) -> list[Path]:
     index = _json(directory / "model.safetensors.index.json")
-    names = sorted(set(index["weight_map"].values())) if "weight_map" in index else (
-        ["model.safetensors"] if (directory / "model.safetensors").is_file()
-        else sorted(path.name for path in directory.glob("*.safetensors")))
+    names = (
+        sorted(set(index["weight_map"].values()))
+        if "weight_map" in index
+        else (
+            ["model.safetensors"]
+            if (directory / "model.safetensors").is_file()
+            else sorted(path.name for path in directory.glob("*.safetensors"))
+        )
+    )
     if not names:
-        raise UserError(f"{directory} holds no safetensors file", "save the model with safetensors to count its bytes")
+        raise UserError(
+            f"{directory} holds no safetensors file", "save the model with safetensors to count its bytes"
+        )
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory} misses {', '.join(missing)}", "copy the model again")
@@ -176,8 +219,8 @@ def _json(file: Path) -> dict[str, Any]:
 def state_of(config: dict[str, Any]) -> tuple[int | None, str]:
     """Bytes of state one sequence holds between tokens, and how they are counted.
 
-    The convolution's last K - 1 inputs and the scan's state, both fp32, of every layer. None for a family whose state is
-    not known here, or grows with the text.
+    The convolution's last K - 1 inputs and the scan's state, both fp32, of every layer. None for a family whose state
+    is not known here, or grows with the text.
     """
     layers, kernel, states = (config.get(key) for key in ("num_hidden_layers", "conv_kernel", "state_size"))
     kind = config.get("model_type")

@@ -1,11 +1,12 @@
 """Tokens a second and peak memory.
 
-Prefill: one forward of ``prompt`` tokens from a zero state. Decode: single-token steps at batch 1 from the state a prompt left.
-Each is repeated and the median reported with the quartiles, after a warm-up: the first call packs and compiles.
+Prefill: one forward of ``prompt`` tokens from a zero state. Decode: single-token steps at batch 1 from the state a
+prompt left. Each is repeated and the median reported with the quartiles, after a warm-up: the first call packs and
+compiles.
 
-Peak memory is the process's anonymous memory (RssAnon: what cannot be dropped and read again), sampled from the start of loading.
-It means something only in a process that did nothing else, so ``in_fresh_process`` loads the model in one; where the caller
-has only a model in memory the speed is measured here and the memory is said to be not measured.
+Peak memory is the process's anonymous memory (RssAnon: what cannot be dropped and read again), sampled from the start
+of loading. It means something only in a process that did nothing else, so ``in_fresh_process`` loads the model in
+one; where the caller has only a model in memory the speed is measured here and the memory is said to be not measured.
 
 Legend: B batch, L tokens.
 """
@@ -56,7 +57,9 @@ class SpeedResult:
 
 
 class PeakMemory:
-    """Context manager that samples this process's RssAnon every 5 ms; ``peak`` is None where the system does not tell."""
+    """Context manager that samples this process's RssAnon every 5 ms; ``peak`` is None where the system does not
+    tell.
+    """
 
     def __init__(self) -> None:
         self.peak: int | None = anonymous_bytes()
@@ -100,12 +103,24 @@ def measure(model: Any, *, prompt: int = 512, steps: int = 32, repeats: int = 5,
     def prefill() -> None:
         model(input_ids=ids_BL, use_cache=False)
 
-    prefill_rates = _rates(prefill, prompt, repeats, device)
+    fast, fast_quartiles = _summary(_rates(prefill, prompt, repeats, device))
     step, note = _stepper(model, ids_BL)
-    decode_rates = None if step is None else _rates(lambda: _repeat(step, steps), steps, repeats, device)
-    return SpeedResult(prompt, *_summary(prefill_rates), *(_summary(decode_rates) if decode_rates else (None, None)), repeats,
-                       torch.get_num_threads(), None, note or "peak memory not measured: the model shares its process",
-                       backend())
+    slow: float | None = None
+    slow_quartiles: tuple[float, float] | None = None
+    if step is not None:
+        slow, slow_quartiles = _summary(_rates(lambda: _repeat(step, steps), steps, repeats, device))
+    return SpeedResult(
+        prompt,
+        fast,
+        fast_quartiles,
+        slow,
+        slow_quartiles,
+        repeats,
+        torch.get_num_threads(),
+        None,
+        note or "peak memory not measured: the model shares its process",
+        backend(),
+    )
 
 
 def in_fresh_process(path: str | Path, **options: Any) -> SpeedResult:
@@ -114,14 +129,20 @@ def in_fresh_process(path: str | Path, **options: Any) -> SpeedResult:
     Raises UserError where the process fails, with its last line.
     """
     wanted = {"path": str(path), "threads": torch.get_num_threads(), "options": options}
-    root = str(Path(__file__).resolve().parents[1])
-    search = os.pathsep.join([*(p for p in sys.path if p), root])
-    done = subprocess.run([sys.executable, "-c", _CHILD, json.dumps(wanted)], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    search = os.pathsep.join(entry for entry in sys.path if entry)
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, json.dumps(wanted)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
     lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
     if done.returncode != 0 or not lines:
-        raise UserError(f"the speed test of {path} failed: {lines[-1] if lines else f'exit code {done.returncode}'}",
-                        "see whether `mambacompress generate` runs this model")
+        raise UserError(
+            f"the speed test of {path} failed: {lines[-1] if lines else f'exit code {done.returncode}'}",
+            "see whether `mambacompress generate` runs this model",
+        )
     found = json.loads(lines[-1])
     for key in ("prefill_quartiles", "decode_quartiles"):
         found[key] = None if found[key] is None else tuple(found[key])
@@ -143,16 +164,16 @@ def child(wanted: dict[str, Any]) -> dict[str, Any]:
 def _stepper(model: Any, ids_BL: Tensor) -> tuple[Callable[[], None] | None, str]:
     """A function that decodes one more token, or None and the reason."""
     out = model(input_ids=ids_BL, use_cache=True)
-    for name in ("cache_params", "past_key_values"):
-        cache = getattr(out, name, None)
-        if cache is not None:
-            token = ids_BL[:, -1:]
+    name = next((name for name in ("cache_params", "past_key_values") if getattr(out, name, None) is not None), None)
+    if name is None:
+        return None, "decode not measured: the model keeps no state between calls"
+    known: dict[str, Any] = {name: getattr(out, name)}
+    token_BL = ids_BL[:, -1:]
 
-            def step(name: str = name, cache: Any = cache) -> None:
-                model(input_ids=token, use_cache=True, **{name: cache})
+    def step() -> None:
+        model(input_ids=token_BL, use_cache=True, **known)
 
-            return step, ""
-    return None, "decode not measured: the model keeps no state between calls"
+    return step, ""
 
 
 def _repeat(step: Callable[[], None], times: int) -> None:

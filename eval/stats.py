@@ -1,13 +1,13 @@
 """Means, differences and their standard errors: pure functions on arrays.
 
-A perplexity is a ratio estimate, exp(sum of losses / sum of tokens) over windows. Its error, and that of a difference of two
-models read on the same windows, come from the linearised residuals (Cochran, Sampling Techniques, ch. 6):
+A perplexity is a ratio estimate, exp(sum of losses / sum of tokens) over windows. Its error, and that of a difference
+of two models read on the same windows, come from the linearised residuals (Cochran, Sampling Techniques, ch. 6):
 
     m = sum n_i / sum t_i        r_i = n_i - m t_i        se(m)^2 = W/(W-1) * sum r_i^2 / (sum t_i)^2
 
-The paired form puts the difference of the residuals in their place: what makes a window hard cancels, so that a change of
-0.01 % shows although each perplexity is known to 2 % only. Windows count as independent; overlapping contexts and
-neighbours in one book make that slightly optimistic, which the report says.
+The paired form puts the difference of the residuals in their place: what makes a window hard cancels, so that a
+change of 0.01 % shows although each perplexity is known to 2 % only. Windows count as independent; overlapping
+contexts and neighbours in one book make that slightly optimistic, which the report says.
 
 Legend: W windows; n_i loss of a window in nats, t_i its scored tokens.
 """
@@ -61,7 +61,9 @@ def perplexity_change(nll: ArrayLike, baseline_nll: ArrayLike, tokens: ArrayLike
     shift = ratio_mean(n - b, t)
     ratio = math.exp(shift.value)
     delta_se = _cluster_se(own * (n - mean * t) - other * (b - base * t), t)
-    return PerplexityChange(Estimate(ratio, None if shift.se is None else ratio * shift.se), Estimate(own - other, delta_se))
+    return PerplexityChange(
+        Estimate(ratio, None if shift.se is None else ratio * shift.se), Estimate(own - other, delta_se)
+    )
 
 
 def mean(values: ArrayLike) -> Estimate:

@@ -1,8 +1,9 @@
 """The questions of the local tasks: what the YAML files in ``tasks/`` call.
 
-lm-eval hands ``rows`` the task's ``dataset_kwargs`` and the metadata of the TaskManager, which holds the data directory:
-no YAML names a place on a machine. A limit takes the first rows of a fixed shuffle (the head of a sorted file is no sample);
-``stratify`` spreads it evenly over the values of one field, as BLiMP needs with its 67 paradigms one after another.
+lm-eval hands ``rows`` the task's ``dataset_kwargs`` and the metadata of the TaskManager, which holds the data
+directory: no YAML names a place on a machine. A limit takes the first rows of a fixed shuffle (the head of a sorted
+file is no sample); ``stratify`` spreads it evenly over the values of one field, as BLiMP needs with its 67 paradigms
+one after another.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from mambacompress.errors import UserError
 
 SPLIT = "validation"
-_QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "´": "'", "`": "'"})
+_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
 
 
 def read_rows(directory: str | Path, file: str) -> list[dict[str, Any]]:
@@ -37,7 +38,9 @@ def read_rows(directory: str | Path, file: str) -> list[dict[str, Any]]:
     return rows
 
 
-def sample(rows: list[dict[str, Any]], limit: int | None, seed: int, stratify: str | None = None) -> list[dict[str, Any]]:
+def sample(
+    rows: list[dict[str, Any]], limit: int | None, seed: int, stratify: str | None = None
+) -> list[dict[str, Any]]:
     """All rows in file order, or ``limit`` of them: a larger limit holds every row of a smaller one."""
     if limit is None or limit >= len(rows):
         return rows
@@ -52,8 +55,9 @@ def sample(rows: list[dict[str, Any]], limit: int | None, seed: int, stratify: s
     return shuffled[:limit]
 
 
-def rows(*, data: str, file: str, limit: int | None = None, seed: int = 0, stratify: str | None = None,
-         **_: Any) -> dict[str, Any]:
+def rows(
+    *, data: str, file: str, limit: int | None = None, seed: int = 0, stratify: str | None = None, **_: Any
+) -> dict[str, Any]:
     """lm-eval's ``custom_dataset``: the questions of one task, {split: dataset}."""
     from datasets import Dataset
 

@@ -1,8 +1,9 @@
 """Tasks through lm-eval, in this process, on the model as it is in memory.
 
-Eleven tasks come as YAML in ``tasks/`` and read local files, no network; their questions keep lm-eval's wording. Any other name
-is looked up among lm-eval's own, which fetches its data from the hub. Every answer is kept, so that two models are compared
-question by question: the difference with its paired standard error, and the flips in each direction.
+Eleven tasks come as YAML in ``tasks/`` and read local files, no network; their questions keep lm-eval's wording. Any
+other name is looked up among lm-eval's own, which fetches its data from the hub. Every answer is kept, so that two
+models are compared question by question: the difference with its paired standard error, and the flips in each
+direction.
 
 Zero-shot, loglikelihood. ``perplexity`` (lambada, book_cloze) is of the last word given its context.
 """
@@ -31,8 +32,9 @@ _PREFERRED = ("acc_norm", "acc", "exact_match", "f1")
 class TaskResult:
     """One task and metric.
 
-    values: per question (0 or 1 for accuracies, log-likelihood for perplexity), in question order. chance: of guessing, None
-    where that has no meaning. ctx: tokens of the longest request; cut: requests that exceeded max_length.
+    values: per question (0 or 1 for accuracies, log-likelihood for perplexity), in question order. chance: of
+    guessing, None where that has no meaning. ctx: tokens of the longest request; cut: requests that exceeded
+    max_length.
     """
 
     task: str
@@ -51,13 +53,18 @@ def local_tasks() -> list[str]:
 
 
 def data_directory(data: str | Path | None) -> Path:
-    """Where the local tasks' files lie: ``data``, or $MAMBACOMPRESS_TASKS; raises UserError where neither is a directory."""
+    """Where the local tasks' files lie: ``data``, or $MAMBACOMPRESS_TASKS; raises UserError where neither is a
+    directory.
+    """
     chosen = data or os.environ.get(DATA_VARIABLE)
     if not chosen:
         raise UserError("the tasks' data directory is not known", f"name it with --data DIR, or set {DATA_VARIABLE}")
     directory = Path(chosen).expanduser()
     if not directory.is_dir():
-        raise UserError(f"the tasks' data directory {directory} does not exist", "name the one that holds piqa_validation.jsonl.gz")
+        raise UserError(
+            f"the tasks' data directory {directory} does not exist",
+            "name the one that holds piqa_validation.jsonl.gz",
+        )
     return directory
 
 
@@ -70,23 +77,37 @@ def check(names: Sequence[str], data: str | Path | None = None) -> None:
             for name in local:
                 file = _file_of(name)
                 if not (directory / file).is_file():
-                    raise UserError(f"task {name!r} needs {file}, which is not in {directory}",
-                                    "name the directory that holds it with --data")
+                    raise UserError(
+                        f"task {name!r} needs {file}, which is not in {directory}",
+                        "name the directory that holds it with --data",
+                    )
         others = [name for name in names if name not in local]
         if others:
             known = _manager(others[0], None, None, 0).all_tasks
             for name in others:
                 if name not in known:
-                    raise UserError(f"there is no task {name!r}{did_you_mean(name, [*local_tasks(), *known])}",
-                                    f"choose from {', '.join(local_tasks())}, or any task of lm-eval")
+                    raise UserError(
+                        f"there is no task {name!r}{did_you_mean(name, [*local_tasks(), *known])}",
+                        f"choose from {', '.join(local_tasks())}, or any task of lm-eval",
+                    )
 
 
-def run_task(model: Any, tokenizer: Any, name: str, *, data: str | Path | None = None, limit: int | None = None, seed: int = 0,
-             batch: int = 16, max_length: int = 2048, advance: Callable[[int], None] | None = None) -> list[TaskResult]:
+def run_task(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    *,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch: int = 16,
+    max_length: int = 2048,
+    advance: Callable[[int], None] | None = None,
+) -> list[TaskResult]:
     """Ask one task (or lm-eval group); a result for every task and metric in it.
 
-    limit: so many questions, drawn by ``seed`` (tasks of the hub: the first so many). Raises UserError where the task is
-    not known or its data cannot be had.
+    limit: so many questions, drawn by ``seed`` (tasks of the hub: the first so many). Raises UserError where the task
+    is not known or its data cannot be had.
     """
     local = name in local_tasks()
     with _lm_eval():
@@ -97,19 +118,40 @@ def run_task(model: Any, tokenizer: Any, name: str, *, data: str | Path | None =
         manager = _manager(name, data_directory(data) if local else None, limit, seed)
         scorer = Scorer(model, tokenizer, max_length=max_length, batch=batch, advance=advance or (lambda _: None))
         try:
-            found = simple_evaluate(scorer, tasks=[name], task_manager=manager, limit=None if local else limit,
-                                    num_fewshot=0 if local else None, bootstrap_iters=0, log_samples=True, random_seed=seed,
-                                    numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed)
+            found = simple_evaluate(
+                scorer,
+                tasks=[name],
+                task_manager=manager,
+                limit=None if local else limit,
+                num_fewshot=0 if local else None,
+                bootstrap_iters=0,
+                log_samples=True,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
         except (ConnectionError, OSError) as error:
-            raise UserError(f"the data of task {name!r} cannot be fetched: {error}",
-                            f"work online, or choose from the local tasks: {', '.join(local_tasks())}") from error
+            raise UserError(
+                f"the data of task {name!r} cannot be fetched: {error}",
+                f"work online, or choose from the local tasks: {', '.join(local_tasks())}",
+            ) from error
     results = []
     for task, samples in found["samples"].items():
         for metric in _metrics(samples, local):
             kept = [sample for sample in samples if metric in sample["metrics"]]
-            results.append(TaskResult(
-                task, metric, [float(sample[metric]) for sample in kept], _chance(metric, kept), scorer.longest, scorer.cut,
-                int(found["n-shot"].get(task) or 0), _fingerprint(kept)))
+            results.append(
+                TaskResult(
+                    task,
+                    metric,
+                    [float(sample[metric]) for sample in kept],
+                    _chance(metric, kept),
+                    scorer.longest,
+                    scorer.cut,
+                    int(found["n-shot"].get(task) or 0),
+                    _fingerprint(kept),
+                )
+            )
     return results
 
 
@@ -135,8 +177,11 @@ def _manager(name: str, data: Path | None, limit: int | None, seed: int) -> Any:
     from lm_eval.tasks import TaskManager
 
     if name in local_tasks():
-        return TaskManager(include_path=str(TASKS), include_defaults=False,
-                           metadata={"data": str(data), "limit": limit, "seed": seed})
+        return TaskManager(
+            include_path=str(TASKS),
+            include_defaults=False,
+            metadata={"data": str(data), "limit": limit, "seed": seed},
+        )
     return TaskManager(include_defaults=True)
 
 
@@ -165,7 +210,9 @@ def _fingerprint(samples: list[dict[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def _lm_eval() -> Iterator[None]:
-    """Quiet: lm-eval warns about models in memory and about the metadata both of which are meant, and draws its own bars."""
+    """Quiet: lm-eval warns about models in memory and about the metadata both of which are meant, and draws its own
+    bars.
+    """
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:

@@ -1,9 +1,10 @@
 """The windows a text is scored on.
 
-One row of token ids is cut into windows of ``context`` tokens, ``stride`` apart; every window starts from a zero state and
-scores only what no earlier window scored. stride = context (the default) gives disjoint windows, each scoring context - 1
-tokens: quick, and the convention of most compression papers. A smaller stride gives every token at least context - stride
-tokens of history: slower and closer to the model's own perplexity. No begin-of-text token is added.
+One row of token ids is cut into windows of ``context`` tokens, ``stride`` apart; every window starts from a zero
+state and scores only what no earlier window scored. stride = context (the default) gives disjoint windows, each
+scoring context - 1 tokens: quick, and the convention of most compression papers. A smaller stride gives every token
+at least context - stride tokens of history: slower and closer to the model's own perplexity. No begin-of-text token
+is added.
 
 Legend: B batch, L tokens.
 """
@@ -70,7 +71,9 @@ class Windows:
         return max(1, min(16, LOGIT_BYTES // (4 * self.context * vocabulary)))
 
 
-def make_windows(tokens_L: Tensor, context: int = 512, stride: int | None = None, limit: int | None = None) -> Windows:
+def make_windows(
+    tokens_L: Tensor, context: int = 512, stride: int | None = None, limit: int | None = None
+) -> Windows:
     """Cut int64 tokens [n] into windows; ``limit`` keeps the first so many.
 
     Raises UserError for a text of fewer than two tokens, or a context or stride that makes no sense.
@@ -79,16 +82,22 @@ def make_windows(tokens_L: Tensor, context: int = 512, stride: int | None = None
     if context < 2:
         raise UserError(f"a context of {context} tokens predicts nothing", "choose a context of at least 2")
     if not 1 <= stride <= context:
-        raise UserError(f"a stride of {stride} with a context of {context} leaves tokens out",
-                        "choose a stride between 1 and the context")
+        raise UserError(
+            f"a stride of {stride} with a context of {context} leaves tokens out",
+            "choose a stride between 1 and the context",
+        )
     if limit is not None and limit < 1:
         raise UserError(f"{limit} windows is no request", "ask for at least one")
     if tokens_L.dim() != 1 or tokens_L.dtype != torch.int64:
-        raise UserError(f"token ids are {tokens_L.dtype} of shape {list(tokens_L.shape)}", "give one row of int64 ids")
+        raise UserError(
+            f"token ids are {tokens_L.dtype} of shape {list(tokens_L.shape)}", "give one row of int64 ids"
+        )
     total = len(tokens_L)
     if total < 2:
-        raise UserError("the evaluation text is empty" if total == 0 else "the evaluation text is a single token",
-                        "give a text of at least a few hundred words with --text")
+        raise UserError(
+            "the evaluation text is empty" if total == 0 else "the evaluation text is a single token",
+            "give a text of at least a few hundred words with --text",
+        )
     spans: list[tuple[int, int, int]] = []
     start = scored = 0
     while limit is None or len(spans) < limit:
