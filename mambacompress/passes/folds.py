@@ -383,7 +383,7 @@ def _opened_y(block: Block) -> str | None:
     return "an online rotation before out_proj has opened a new stream" if rotated else None
 
 
-#: In the order they are tried: S4 while the measured state is that of the scan; S5 early, as an uneven dt drowns all else;
+#: In the order they are tried: S4 while the measured state is the scan's; S5 early, as an uneven dt drowns all else;
 #: S3 changes y, which S2 then balances.
 FOLDS: tuple[Fold, ...] = (
     NormFold(), StatesFold(), DtFold(), ConvFold(), GateFold(), NormGateFold(), ConvInFold())
