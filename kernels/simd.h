@@ -161,6 +161,14 @@ MC_INLINE void write(const View& view, int64_t b, int64_t t, int64_t c, int coun
     store_any(view.data, b * view.batch + t * view.token + c, int(view.dtype), x, count);
 }
 
+// Ask for the rows of `tokens` tokens from t on, W channels from c, ahead of their use.
+MC_INLINE void prefetch(const View& view, int64_t b, int64_t t, int64_t tokens, int64_t c) {
+    if (!view.data) return;
+    const int64_t bytes = int64_t(dtype_bytes(int(view.dtype)));
+    const char* at = static_cast<const char*>(view.data) + (b * view.batch + t * view.token + c) * bytes;
+    for (int64_t i = 0; i < tokens; ++i) __builtin_prefetch(at + i * view.token * bytes);
+}
+
 // The sum of the lanes, always in the same order.
 MC_INLINE float lane_sum(V x) {
 #if MC_WIDTH == 16
@@ -177,9 +185,12 @@ MC_INLINE float lane_sum(V x) {
 #endif
 }
 
-// 2^x: the nearest whole power times a polynomial of degree 5 on [-1/2, 1/2], relative error below 1.5e-7; NaN passes through.
-MC_INLINE V exp2v(V x) {
-    x = vmin(set1(252.0f), vmax(set1(-252.0f), x));
+// 2^x for finite x: the nearest whole power times a polynomial of degree 5 on [-1/2, 1/2], exactly 1 at 0, relative error
+// below 1.5e-7; NaN passes through.
+MC_INLINE V exp2_finite(V x) {
+#if MC_WIDTH < 16
+    x = vmin(set1(252.0f), vmax(set1(-252.0f), x));  // scale_by_power takes no more
+#endif
     V n = round_even(x), f = x - n;
     V p = fma(set1(0.00132647271f), f, set1(0.00967151264f));
     p = fma(p, f, set1(0.0555073374f));
@@ -188,6 +199,9 @@ MC_INLINE V exp2v(V x) {
     p = fma(p, f, set1(1.0f));
     return scale_by_power(p, n);
 }
+
+// The same for any x.
+MC_INLINE V exp2v(V x) { return exp2_finite(vmin(set1(252.0f), vmax(set1(-252.0f), x))); }
 
 MC_INLINE V expv(V x) { return exp2v(x * set1(1.44269504f)); }
 

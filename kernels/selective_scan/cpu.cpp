@@ -58,6 +58,12 @@ MC_INLINE void gather(const float* from, int64_t N, int count, float factor, flo
         for (int i = 0; i < W; ++i) to[n * W + i] = i < count ? from[i * N + n] * factor : 0.0f;
 }
 
+// A log2 e as [N][W] vectors. A = -inf (a state that forgets at once) becomes a number just as good.
+MC_INLINE void gather_decay(const float* A, int64_t N, int count, float* to) {
+    gather(A, N, count, LOG2E, to);
+    for (int64_t n = 0; n < N; ++n) store(to + n * W, vmax(set1(-1e30f), load(to + n * W)));
+}
+
 MC_INLINE void scatter(const float* from, int64_t N, int count, float* to) {
     for (int i = 0; i < count; ++i)
         for (int64_t n = 0; n < N; ++n) to[i * N + n] = from[n * W + i];
@@ -86,7 +92,7 @@ MC_INLINE V advance(V* h, const float* A2, const float* B, const float* C, int64
     V even = zero(), odd = zero();
     MC_UNROLL(16)
     for (int64_t n = 0; n < N; ++n) {
-        V a = exp2v(dt * load(A2 + n * W));
+        V a = exp2_finite(dt * load(A2 + n * W));
         h[n] = fma(h[n], a, dtu * set1(B[n]));
         if (n & 1)
             odd = fma(h[n], set1(C[n]), odd);
@@ -105,7 +111,7 @@ void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_
     for (int64_t k = 0; k < blocks; ++k) {
         int64_t c = first + k * W;
         int count = int(std::min<int64_t>(W, last - c));
-        gather(p.A + c * N, N, count, LOG2E, A2 + k * size);
+        gather_decay(p.A + c * N, N, count, A2 + k * size);
         if (p.initial)
             gather(p.initial + (b * p.channels + c) * N, N, count, 1.0f, state + k * size);
         else
@@ -125,6 +131,10 @@ void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_
             V bias = p.dt_bias ? load_part(p.dt_bias + c, count) : zero();
             V D = p.D ? load_part(p.D + c, count) : zero();
             V z_scale = p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f);
+            const bool wraps = k + 1 == blocks;  // what is read next: the next block, or the next tile's first
+            const int64_t next = wraps ? first : c + W, next_start = wraps ? std::min(start + TILE, p.length - 1) : start;
+            const int64_t next_tokens = std::min(TILE, p.length - next_start);
+            for (const View* view : {&p.u, &p.dt, &p.z}) prefetch(*view, b, next_start, next_tokens, next);
             V dt[TILE], u[TILE];
             for (int64_t t = 0; t < tokens; ++t) {
                 u[t] = read(p.u, b, start + t, c, count);
@@ -180,7 +190,7 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
     for (int64_t k = 0; k < blocks; ++k) {
         int64_t c = first + k * W;
         int count = int(std::min<int64_t>(W, last - c));
-        gather(p.A + c * N, N, count, LOG2E, A2 + k * size);
+        gather_decay(p.A + c * N, N, count, A2 + k * size);
         if (g.dfinal)
             gather(g.dfinal + (b * p.channels + c) * N, N, count, 1.0f, dh_all + k * size);
         else
@@ -200,6 +210,10 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
             V bias = p.dt_bias ? load_part(p.dt_bias + c, count) : zero();
             V D = p.D ? load_part(p.D + c, count) : zero();
             V z_scale = p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f);
+            const bool wraps = k + 1 == blocks;
+            const int64_t next = wraps ? first : c + W, next_start = wraps ? std::max<int64_t>(start - TILE, 0) : start;
+            const int64_t next_tokens = std::min(TILE, p.length - next_start);
+            for (const View* view : {&p.u, &p.dt, &p.z, &g.dy}) prefetch(*view, b, next_start, next_tokens, next);
             V dt[TILE], u[TILE], slope[TILE], y[TILE];
             for (int64_t t = 0; t < tokens; ++t) {
                 u[t] = read(p.u, b, start + t, c, count);
@@ -216,7 +230,7 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
                 V even = zero(), odd = zero();
                 MC_UNROLL(16)
                 for (int64_t n = 0; n < N; ++n) {
-                    V a = restart ? zero() : exp2v(dt[t] * load(A2_k + n * W));
+                    V a = restart ? zero() : exp2_finite(dt[t] * load(A2_k + n * W));
                     V fresh = dtu * set1(B[t * N + n]);
                     V h = restart ? fresh : fma(load(before + n * W), a, fresh);
                     store(decay + n * W, a);
