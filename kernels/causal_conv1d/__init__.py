@@ -5,9 +5,13 @@ Legend: B batch, L tokens, E channels, K width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from mambacompress.kernels.causal_conv1d.reference import causal_conv1d_reference
+from mambacompress.kernels.causal_conv1d.cpu import MAX_WIDTH, causal_conv1d_cpu
+from mambacompress.kernels.causal_conv1d.reference import causal_conv1d_reference, last_inputs
+from mambacompress.kernels.registry import choose
+from mambacompress.kernels.selective_scan.reference import same_as_previous
 
 
 def causal_conv1d(
@@ -21,6 +25,15 @@ def causal_conv1d(
     K-1 inputs [B, K-1, E]). Raises ValueError where shapes do not fit.
     """
     check_shapes(x_BLE, weight_EK, bias_E, act_scale_E, initial_state, seq_idx_BL)
+    lacks = [what for what, asked in (
+        ("gradients for act_scale", act_scale_E is not None and act_scale_E.requires_grad),
+        ("fp64 weights", weight_EK.dtype == torch.float64), ("an empty sequence", x_BLE.shape[1] == 0),
+        (f"widths above {MAX_WIDTH}", weight_EK.shape[1] > MAX_WIDTH), ("int8 inputs", x_BLE.dtype == torch.int8)) if asked]
+    if choose("causal_conv1d", x_BLE.device, x_BLE.dtype, lacks) == "native":
+        resets_BL = None if seq_idx_BL is None else ~same_as_previous(seq_idx_BL)
+        y_BLE = causal_conv1d_cpu(x_BLE, weight_EK, bias_E, activation=activation, act_scale_E=act_scale_E,
+                                  initial_state=initial_state, resets_BL=resets_BL)
+        return y_BLE, last_inputs(x_BLE, initial_state, weight_EK.shape[1] - 1, seq_idx_BL)
     return causal_conv1d_reference(x_BLE, weight_EK, bias_E, activation=activation, act_scale_E=act_scale_E,
                                    initial_state=initial_state, seq_idx_BL=seq_idx_BL)
 

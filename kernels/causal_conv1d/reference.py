@@ -41,7 +41,19 @@ def causal_conv1d_reference(
         y = y + bias_E.to(dtype)
     if activation:
         y = silu_scaled(y, act_scale_E)
-    final = padded[:, length:]
-    if sequence is not None and length:
-        final = final * (sequence[:, length:] == sequence[:, -1:])[..., None].to(final.dtype)
-    return y.to(x_BLE.dtype), final
+    return y.to(x_BLE.dtype), last_inputs(x_BLE, initial_state, before, seq_idx_BL)
+
+
+def last_inputs(x_BLE: Tensor, initial_state: Tensor | None, count: int, seq_idx_BL: Tensor | None) -> Tensor:
+    """The last ``count`` inputs [B, count, E]; zeros where they belong to another packed sequence than the last token."""
+    batch, length, channels = x_BLE.shape
+    if length >= count:
+        final = x_BLE[:, length - count:].clone()
+    else:
+        before = x_BLE.new_zeros(batch, count, channels) if initial_state is None else initial_state.to(x_BLE.dtype)
+        final = torch.cat([before[:, length:], x_BLE], 1)
+    if seq_idx_BL is None or not length:
+        return final
+    ids = (~same_as_previous(seq_idx_BL)).long().cumsum(1)
+    ids = torch.cat([ids.new_zeros(batch, count), ids], 1)[:, length:]
+    return final * (ids == ids[:, -1:])[..., None].to(final.dtype) if count else final
