@@ -122,9 +122,9 @@ class Family:
         return stock.train(ours.training)
 
     def stock_name(self, our_name: str) -> str:
-        """The stock name of a tensor of an adopted host."""
+        """The stock name of a tensor of an adopted host; a stock name is its own."""
         head, found, tail = our_name.partition(".mixer.")
-        return f"{head}.mixer.{self.names[tail]}" if found else our_name
+        return f"{head}.mixer.{self.names.get(tail, tail)}" if found else our_name
 
     # -- the map -----------------------------------------------------------------------------------------------------
 
@@ -198,10 +198,9 @@ def adopt_host(family: Family, host: Any, *, prove: bool = True) -> ModelMap:
     if not isinstance(layers[0].mixer, Hosted):
         if prove:
             family.prove(host.config)
-        for i, layer in enumerate(layers):
-            ours = family.adopt_mixer(layer.mixer, host.config, i)
-            if i == 0:
-                family.check_real(layer.mixer, ours)
+        adopted = [family.adopt_mixer(layer.mixer, host.config, i) for i, layer in enumerate(layers)]
+        family.check_real(layers[0].mixer, adopted[0])
+        for layer, ours in zip(layers, adopted, strict=True):
             layer.mixer = ours
     return family.model_map(host)
 

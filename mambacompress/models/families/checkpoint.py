@@ -143,11 +143,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     readers = _readers(directory)
     if "model_type" in raw:
         family_of(raw["model_type"])
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         try:
             config: Any = AutoConfig.from_pretrained(directory)
-        except (ValueError, TypeError, KeyError) as error:
+        except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{config_file} is no valid configuration: {str(error).splitlines()[0]}",
                             "compare it with the original") from error
         readers = _modern(readers)
@@ -182,13 +183,12 @@ def _resolve(source: str | Path) -> Path:
     if text.count("/") > 1 or text.startswith((".", "/", "~")):
         raise UserError(f"there is no directory {source}", "check the path")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-    from httpx import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.bin", "*.txt", "tokenizer*"]
     try:
         return Path(snapshot_download(text, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"{text!r} is neither a directory nor a hub model that can be fetched ({type(error).__name__})",
                         "check the spelling, or download the model and name its directory") from error
 

@@ -1,0 +1,211 @@
+"""The lean loop: an adopted language model as embedding, blocks, final norm and head, and generation with it.
+
+A host's own ``forward`` and ``generate`` carry caches, masks and output classes that cost more per token than a small Mamba
+itself. Here a prefill or a step is the blocks and nothing else; a state is one small record a block, so that it can be kept,
+copied and continued from. What is computed is the host's function: the residual in fp32 where its configuration says so, the
+very norm and head modules that a pass may have replaced.
+
+    LanguageModel.prefill(ids) -> logits, states        LanguageModel.step(ids, states) -> logits, states
+    stream(model, ids, n) -> one tensor of ids a step    generate(model, ids, n) -> ids
+
+Prefill and step are the same code. Sampling draws one uniform number a row and step from a seeded generator and inverts the
+cumulative distribution, so that a seed fixes the text. Legend: B batch, L tokens, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambacompress.errors import UserError
+from mambacompress.models.families import adopt
+from mambacompress.models.families.base import Hosted
+from mambacompress.models.mixers import MixerState
+from mambacompress.models.modelmap import Block, ModelMap
+
+States = list[MixerState]
+
+
+class LanguageModel:
+    """A ModelMap that can be run. Holds no tensor of its own: an edit of the host is an edit of this."""
+
+    def __init__(self, model_map: ModelMap) -> None:
+        self.model_map = model_map
+
+    @classmethod
+    def of(cls, model: Any) -> LanguageModel:
+        """The view of an adopted host (or ``model`` itself); raises UserError for a host that is not adopted."""
+        if isinstance(model, LanguageModel):
+            return model
+        layers = getattr(getattr(model, "backbone", None), "layers", ())
+        if not layers or not isinstance(layers[0].mixer, Hosted):
+            raise UserError(f"this {type(model).__name__} does not run on our mixers", "load it with mambacompress.load")
+        return cls(adopt(model, prove=False))
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model_map.host.config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model_map.final_norm.weight.device  # type: ignore[return-value]
+
+    def prefill(self, ids_BL: Tensor, attention_mask: Tensor | None = None, states: States | None = None, *,
+                seq_idx: Tensor | None = None, last_only: bool = False) -> tuple[Tensor, States]:
+        """Read tokens, from ``states`` where given.
+
+        ids: int64 [B, L]. attention_mask: [B, L], 0 at left padding. seq_idx: [B, L] integers; a change starts a new
+        sequence (packed batches). Returns the logits, fp32 [B, L, V] ([B, 1, V] where ``last_only``), and a state a block.
+        """
+        h_BLD = self.model_map.embedding.module(ids_BL)
+        new_states: States = []
+        for i, block in enumerate(self.model_map.blocks):
+            h_BLD, state = self._block(block, h_BLD, None if states is None else states[i], attention_mask, seq_idx)
+            new_states.append(state)
+        return self.logits(h_BLD[:, -1:] if last_only else h_BLD), new_states
+
+    def step(self, ids_B: Tensor, states: States) -> tuple[Tensor, States]:
+        """One token a row: ids int64 [B] -> (logits fp32 [B, V], new states; the old ones stay valid)."""
+        logits_B1V, states = self.prefill(ids_B[:, None], None, states)
+        return logits_B1V[:, 0], states
+
+    def logits(self, h_BLD: Tensor) -> Tensor:
+        """Final norm and head on the residual [B, L, D]: fp32 (fp64 for an fp64 model)."""
+        head = self.model_map.head.module
+        x_BLD = self.model_map.final_norm(h_BLD)
+        logits_BLV = head(x_BLD.to(head.weight.dtype))
+        return logits_BLV if logits_BLV.dtype == torch.float64 else logits_BLV.float()
+
+    @staticmethod
+    def _block(block: Block, h_BLD: Tensor, state: MixerState | None, mask: Tensor | None,
+               seq_idx: Tensor | None) -> tuple[Tensor, MixerState]:
+        x_BLD = block.norm(h_BLD.to(block.norm.weight.dtype))
+        if block.module.residual_in_fp32 and h_BLD.dtype != torch.float64:
+            h_BLD = h_BLD.float()
+        y_BLD, new_state = block.mixer.mix(x_BLD, state, mask, seq_idx)
+        if new_state is None:
+            raise TypeError(f"block {block.index} has no state: it is not causal")
+        return h_BLD + y_BLD, new_state
+
+
+def stream(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int | None = None,
+           top_p: float | None = None, eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
+           seed: int | None = 0, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
+    """Continue every row of ``input_ids``, one step at a time; yields the new ids, int64 [B], as they are made.
+
+    model: a LanguageModel or an adopted host. input_ids: int64 [B, L], L at least 1; attention_mask: [B, L], 0 at padding,
+    which must lie on the left. temperature 0 is greedy; otherwise logits / temperature, cut to the ``top_k`` largest and then
+    to the smallest set that holds ``top_p`` of the probability. A row that made one of ``eos_token_id`` (the model's own
+    where None) gives ``pad_token_id`` (the first eos where None) from then on; the stream ends when all rows have. seed: of
+    the draws; None for a new one each time.
+
+    Raises UserError for arguments that cannot work, before the first step.
+    """
+    lm = LanguageModel.of(model)
+    _check(lm, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
+    ends = _end_ids(lm, eos_token_id)
+    pad = pad_token_id if pad_token_id is not None else (ends[0] if ends else 0)
+    return _steps(lm, input_ids, max_new_tokens, _sampler(temperature, top_k, top_p, seed), ends, pad, attention_mask)
+
+
+def generate(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int | None = None,
+             top_p: float | None = None, eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
+             seed: int | None = 0, attention_mask: Tensor | None = None,
+             on_token: Callable[[Tensor], None] | None = None) -> Tensor:
+    """``stream`` gathered: the prompts with what follows them, int64 [B, L + new], new at most ``max_new_tokens``.
+
+    on_token: called with each step's ids [B].
+    """
+    made = []
+    for ids_B in stream(model, input_ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                        eos_token_id=eos_token_id, pad_token_id=pad_token_id, seed=seed, attention_mask=attention_mask):
+        made.append(ids_B)
+        if on_token is not None:
+            on_token(ids_B)
+    return torch.cat([input_ids, torch.stack(made, 1).to(input_ids.device)], 1) if made else input_ids
+
+
+def _steps(lm: LanguageModel, input_ids: Tensor, count: int, sample: Callable[[Tensor], Tensor], ends: list[int], pad: int,
+           attention_mask: Tensor | None) -> Iterator[Tensor]:
+    ids_BL = input_ids.to(lm.device)
+    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(lm.device)
+    running_B = torch.ones(len(ids_BL), dtype=torch.bool, device=lm.device)
+    end_ids = torch.tensor(ends, dtype=torch.int64, device=lm.device)
+    states: States = []
+    ids_B = ids_BL[:, -1]
+    for i in range(count):
+        with torch.no_grad():
+            if i == 0:
+                logits_B1V, states = lm.prefill(ids_BL, mask, last_only=True)
+                logits_BV = logits_B1V[:, -1]
+            else:
+                logits_BV, states = lm.step(ids_B, states)
+            ids_B = torch.where(running_B, sample(logits_BV), pad)
+            running_B = running_B & ~torch.isin(ids_B, end_ids)
+        yield ids_B
+        if not running_B.any():
+            return
+
+
+def _sampler(temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> Callable[[Tensor], Tensor]:
+    """logits [B, V] -> ids [B]."""
+    if temperature == 0:
+        return lambda logits_BV: logits_BV.argmax(-1)
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+
+    def sample(logits_BV: Tensor) -> Tensor:
+        draws_B1 = torch.rand(len(logits_BV), 1, generator=generator, dtype=torch.float64).to(logits_BV.device)
+        p_BV, order_BV = torch.softmax(logits_BV.double() / temperature, -1).sort(-1, descending=True, stable=True)
+        if top_k is not None:
+            p_BV[:, top_k:] = 0
+        before_BV = p_BV.cumsum(-1) - p_BV
+        if top_p is not None:
+            p_BV[before_BV >= top_p * p_BV.sum(-1, keepdim=True)] = 0
+        total_BV = p_BV.cumsum(-1)
+        place_B1 = torch.searchsorted(total_BV, draws_B1 * total_BV[:, -1:], right=True)
+        kept_B1 = (p_BV > 0).sum(-1, keepdim=True)
+        return order_BV.gather(-1, torch.minimum(place_B1, kept_B1 - 1))[:, 0]
+
+    return sample
+
+
+def _end_ids(lm: LanguageModel, asked: int | Sequence[int] | None) -> list[int]:
+    host = lm.model_map.host
+    if asked is None:
+        generation = getattr(host, "generation_config", None)
+        asked = getattr(generation, "eos_token_id", None) if generation is not None else None
+        asked = getattr(host.config, "eos_token_id", None) if asked is None else asked
+    if asked is None:
+        return []
+    return [asked] if isinstance(asked, int) else list(asked)
+
+
+def _check(lm: LanguageModel, ids: Tensor, count: int, temperature: float, top_k: int | None, top_p: float | None,
+           mask: Tensor | None) -> None:
+    if ids.dim() != 2 or ids.shape[1] == 0 or ids.dtype != torch.int64:
+        raise UserError(f"the prompt is {ids.dtype} of shape {list(ids.shape)}", "give int64 token ids [B, L], L at least 1")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < lm.vocabulary:
+        raise UserError(f"the prompt holds token ids outside the vocabulary of {lm.vocabulary}", "use the model's own tokenizer")
+    if count < 0:
+        raise UserError(f"max_new_tokens is {count}", "ask for 0 or more")
+    if temperature < 0:
+        raise UserError(f"temperature is {temperature}", "give 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}", "give at least 1, or leave it out")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}", "give more than 0 and at most 1, or leave it out")
+    if mask is not None:
+        if mask.shape != ids.shape:
+            raise UserError(f"the attention mask has shape {list(mask.shape)}, the prompt {list(ids.shape)}", "give one a token")
+        if bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1].all()):
+            raise UserError("the prompts are padded on the right", "pad them on the left: tokenizer.padding_side = 'left'")
+
+
+__all__ = ["LanguageModel", "States", "generate", "stream"]
