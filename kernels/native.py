@@ -1,11 +1,10 @@
-"""The native library: one shared object behind a plain C ABI, built from every ``kernels/*/cpu.cpp``, loaded with ctypes.
+"""The native library: one shared object behind a plain C ABI (see ``compile``), loaded with ctypes.
 
 No torch or Python headers, so it is independent of both versions. Built at install when there is a compiler, or by
 
     python -m mambacompress.kernels.native build
 
-Without it every op runs its torch reference, and ``why_not()`` says so in one line. Built without -ffast-math and with
-contraction off: the same arithmetic in prefill and in decode, at any number of threads.
+Without it every op runs its torch reference, and ``why_not()`` says so in one line.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ import ctypes
 import functools
 import importlib.util
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +20,8 @@ from typing import Any
 
 import torch
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
-         "-fno-trapping-math",
-         "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized")
+from mambacompress.kernels.compile import CompileError, compile_library
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.bool: 3, torch.uint8: 3}
 LEVELS = ("portable", "avx2", "avx512")
 BUILD_COMMAND = "python -m mambacompress.kernels.native build"
@@ -37,12 +33,6 @@ def package_folder() -> Path:
     if spec is None or spec.origin is None:
         raise RuntimeError("the package mambacompress is not importable")
     return Path(spec.origin).parent
-
-
-def sources() -> list[Path]:
-    """Every native source, in a fixed order."""
-    folder = Path(__file__).parent
-    return sorted([*folder.glob("*.cpp"), *folder.glob("*/cpu.cpp")])
 
 
 @functools.cache
@@ -76,7 +66,7 @@ def function(name: str, argument_types: tuple[Any, ...], result: Any = None) -> 
     if lib is None:
         raise RuntimeError(why_not())
     if not hasattr(lib, name):
-        raise RuntimeError(f"the native library is older than the package (no {name}); rebuild it with: {BUILD_COMMAND}")
+        raise RuntimeError(f"the native library is older than the package: it has no {name}; rebuild it: {BUILD_COMMAND}")
     entry = getattr(lib, name)
     entry.argtypes = list(argument_types)
     entry.restype = result
@@ -147,23 +137,16 @@ def force_level(name: str | None) -> None:
 
 
 def build(target: Path | None = None) -> Path:
-    """Compile the library in place and return its path. Raises RuntimeError with the compiler's message."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if compiler is None:
-        raise RuntimeError("no C++ compiler found: install g++ or clang, or set CXX")
+    """Compile the library in place and return its path. Raises CompileError with the compiler's message."""
     target = target or package_folder() / "_native.so"
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    command = [compiler, *FLAGS, f"-I{Path(__file__).parent}", *map(str, sources()), "-o", str(beside)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"the native library does not compile with {compiler}:\n{done.stderr.strip()}")
-    if done.stderr:
-        sys.stderr.write(done.stderr)
-    beside.replace(target)
+    compile_library(target)
     return target
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["build"]:
         sys.exit(f"usage: {BUILD_COMMAND}")
-    print(build())
+    try:
+        print(build())
+    except CompileError as failure:
+        sys.exit(str(failure))
