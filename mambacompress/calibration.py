@@ -16,12 +16,12 @@ from torch import Tensor
 from mambacompress.models.modelmap import Block
 from mambacompress.passes.base import Pass
 
-_INNER_BYTES = 32 << 20
+_INNER_BYTES = 4 << 20
 _TRIAL_TOKENS = 4096
 
 
 def batch_size(length: int, d_inner: int) -> int:
-    """Sequences a batch, so that one fp32 tensor [b, L, E] stays within 32 MiB."""
+    """Sequences a batch, so that one fp32 tensor [b, L, E] stays within 4 MiB, which caches hold."""
     return max(1, _INNER_BYTES // (4 * length * d_inner))
 
 
@@ -65,6 +65,10 @@ class BlockCalibration:
 
     def error(self, block: Block) -> float:
         return relative_error(self._forward(block), self._reference, self.hidden)
+
+    def error_of(self, outputs: Sequence[Tensor]) -> float:
+        """``error`` of outputs already computed."""
+        return relative_error(iter(outputs), self._reference, self.hidden)
 
     def trial_error(self, block: Block) -> float:
         sequences = max(1, _TRIAL_TOKENS // self.hidden[0].shape[1])

@@ -65,8 +65,11 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> PlannedRun:
         if earlier.rank > later.rank:
             raise UserError(f"pass {later.name!r} comes after {earlier.name!r} in recipe {recipe.name!r}, which would undo or "
                             "falsify it", "order: " + ", ".join(PASSES))
-    total = Plan()
-    for item in passes:
+    total, names = Plan(), [item.name for item in passes]
+    for i, item in enumerate(passes):
+        missing = [name for name in getattr(item, "requires", ()) if name not in names[:i]]
+        if missing:
+            raise UserError(f"pass {item.name!r} needs {', '.join(missing)} before it", "add it to the recipe")
         total.extend(item.plan(model_map))
     if not total.edits:
         raise UserError(f"recipe {recipe.name!r} changes nothing in this model", "name a recipe with at least one pass")
@@ -201,7 +204,7 @@ class _Run:
             result = item.apply_block(block, calibration.before(self.passes[i + 1 :]))
             record.update({f"{item.name}.{k}": v for k, v in result.items()})
         outputs = calibration.outputs(block)
-        record["error"] = _finite(calibration.error(block), block)
+        record["error"] = _finite(calibration.error_of(outputs), block)
         self.work.store(f"hidden-{block.index + 1:05d}", {f"{i:06d}": h for i, h in enumerate(outputs)})
         self._store(key, block.module, block.path, record)
         self.work.forget(f"hidden-{block.index:05d}")

@@ -123,20 +123,22 @@ class WeightlessNorm(nn.Module):
 
 
 class ScanQuantizer(nn.Module):
-    """Static int8 inputs for the scan: u, dt (before the bias and softplus), B, C and z, one scale each.
+    """Static int8 inputs for the scan: u, dt (before the bias and softplus), z with a scale a channel, B and C one a state.
 
     ``quantize(name, x)`` gives the int8 tensor, ``scales()`` what the kernel multiplies back in registers.
     """
 
     NAMES = ("u", "dt", "B", "C", "z")
 
-    def __init__(self, scales: dict[str, float] | None = None) -> None:
+    def __init__(self, channels: int, groups: int, states: int) -> None:
         super().__init__()
+        self.channels, self.groups, self.states = channels, groups, states
         for name in self.NAMES:
-            self.register_buffer(f"scale_{name}", torch.tensor(float((scales or {}).get(name, 1.0))))
+            shape = (groups, states) if name in ("B", "C") else (channels,)
+            self.register_buffer(f"scale_{name}", torch.ones(shape))
 
     def spec(self) -> dict[str, Any]:
-        return {"type": "ScanQuantizer"}
+        return {"type": "ScanQuantizer", "channels": self.channels, "groups": self.groups, "states": self.states}
 
     def quantize(self, name: str, x: Tensor) -> Tensor:
         scale = self.get_buffer(f"scale_{name}")

@@ -41,7 +41,7 @@ _S6 = {"state_size": 16, "expand": 2, "conv_kernel": 4, "tie_word_embeddings": T
 RECIPES = {
     "demo": TrainingRecipe(
         "mamba", _S6 | {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6, "time_step_rank": 12},
-        TrainConfig(steps=4000), vocabulary=4096),
+        TrainConfig(steps=3000, precision="bf16"), vocabulary=4096),
     "english-mamba1": TrainingRecipe(
         "mamba", _S6 | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "time_step_rank": 16},
         TrainConfig(steps=5000)),
