@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambacompress.kernels import native, registry
 from mambacompress.kernels.int4_linear.reference import (
     centred_codes,
     dequantize_int4,
@@ -19,7 +20,8 @@ from mambacompress.kernels.int4_linear.reference import (
     pack_nibbles,
     unpack_nibbles,
 )
-from mambacompress.kernels.int8_linear import check_input, qmax_of, wide_dtype
+from mambacompress.kernels.int8_linear import check_input, lacks, qmax_of, wide_dtype
+from mambacompress.kernels.int8_linear.cpu import integer_linear
 
 
 def int4_linear(
@@ -32,9 +34,8 @@ def int4_linear(
     the same shape, or None for 8 everywhere; bias: [O]. group_size: even, divides I. The rest as in ``int8_linear``.
     """
     check_arguments(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
-    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-        return _op(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
-    return _run(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
+    run = _run if native.runs_directly(x, qweight) else _op
+    return run(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
 
 
 def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
@@ -55,6 +56,9 @@ def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | No
 
 def _run(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int,
          activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
+    if registry.choose("int4_linear", x.device, x.dtype, lacks(x, qweight, scale)) == "native":
+        return integer_linear("mc_int4_linear", x, qweight, scale, zero, bias, qweight.shape[0], scale.shape[1], activation,
+                              act_scale, act_bits)
     return int4_linear_reference(x, qweight, scale, zero, bias, group_size=group_size, activation=activation,
                                  act_scale=act_scale, act_bits=act_bits)
 

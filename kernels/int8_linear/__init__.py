@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambacompress.kernels import native, registry
+from mambacompress.kernels.int8_linear.cpu import integer_linear
 from mambacompress.kernels.int8_linear.reference import (
     MODES,
     int8_linear_reference,
@@ -22,6 +24,9 @@ from mambacompress.kernels.int8_linear.reference import (
     weight_only,
     wide_dtype,
 )
+
+
+LARGEST_INPUTS = 1 << 16  # 127 * 127 * 2^16 < 2^31: sums stay exact
 
 
 def int8_linear(
@@ -36,9 +41,8 @@ def int8_linear(
     where shapes or modes do not fit.
     """
     check_arguments(x, qweight, scale, bias, activation, act_scale, act_bits)
-    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-        return _op(x, qweight, scale, bias, activation, act_scale, act_bits)
-    return _run(x, qweight, scale, bias, activation, act_scale, act_bits)
+    run = _run if native.runs_directly(x, qweight) else _op
+    return run(x, qweight, scale, bias, activation, act_scale, act_bits)
 
 
 def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str,
@@ -69,7 +73,16 @@ def check_input(op: str, x: Tensor, outputs: int, inputs: int, bias: Tensor | No
 
 def _run(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
          act_bits: int) -> Tensor:
+    if registry.choose("int8_linear", x.device, x.dtype, lacks(x, qweight, scale)) == "native":
+        return integer_linear("mc_int8_linear", x, qweight, scale, None, bias, qweight.shape[0], 1, activation, act_scale,
+                              act_bits)
     return int8_linear_reference(x, qweight, scale, bias, activation=activation, act_scale=act_scale, act_bits=act_bits)
+
+
+def lacks(x: Tensor, *weights: Tensor) -> list[str]:
+    """What the native linears cannot do of a call."""
+    missing = [] if x.shape[-1] < LARGEST_INPUTS else [f"rows of {x.shape[-1]} inputs"]
+    return missing if all(weight.device == x.device for weight in weights) else [*missing, "a weight on another device"]
 
 
 @torch.library.custom_op("mambacompress::int8_linear", mutates_args=())
@@ -101,5 +114,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _op.register_autograd(_backward, setup_context=_setup)
 
-__all__ = ["MODES", "check_input", "int8_linear", "int8_linear_reference", "int_matmul", "qmax_of", "quantize_rows",
+__all__ = ["MODES", "check_input", "int8_linear", "int8_linear_reference", "int_matmul", "lacks", "qmax_of", "quantize_rows",
            "weight_only", "wide_dtype"]

@@ -1,0 +1,217 @@
+// int4_linear on a CPU: nibbles enter the dot instruction as unsigned bytes; see int_tiles.h.
+//
+// A byte holds inputs 2j (low) and 2j + 1 (high), so activations are kept with even and odd inputs apart (Rows::split) and a
+// vector of bytes gives two of nibbles by a mask and a shift. Sums of a group are exact; zero * (sum of the group's codes) is
+// taken off in integers; then float(sum) * scale is added up in the order of the groups, rounded after every step.
+#ifndef MC_LEVEL
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics (bug 105593)
+#endif
+#include "native.h"
+
+#define MC_SELF "int4_linear/cpu.cpp"
+#include "levels.h"
+
+extern "C" MC_EXPORT void mc_int4_linear(const void* p) { MC_DISPATCH(int4_linear, p); }
+
+#else
+
+#include "int_tiles.h"
+
+namespace MC_LEVEL {
+
+#if MC_WIDTH == 16
+
+constexpr int64_t DOT4_ROWS = 4;  // up to here weights are read in place
+constexpr int64_t ROWS4 = 12, COLUMNS4 = 32, STRIPE4 = 96;
+
+// Scales (and zero points, where the weight has its own) of `width` outputs, group by group.
+struct Factors {
+    Scratch<float> scales;
+    Scratch<int32_t> zeros;
+    int64_t width;
+
+    Factors(const Linear& p, int64_t width)
+        : scales(size_t(p.groups * width)), zeros(size_t(p.zero ? p.groups * width : 1)), width(width) {}
+    void load(const Linear& p, int64_t first) {
+        for (int64_t i = 0; i < width; i += 16) {
+            pack_scales(p, first + i, scales.get() + i, width);
+            if (p.zero) pack_zeros(p, first + i, zeros.get() + i, width);
+        }
+    }
+    MC_INLINE __m512 scale(int64_t group, int64_t at) { return _mm512_loadu_ps(scales.get() + group * width + at); }
+    // What the zero points of 16 outputs add to the sum of a group whose codes sum up to `sum`.
+    MC_INLINE __m512i excess(const Linear& p, int64_t group, int64_t at, int32_t sum) {
+        if (!p.zero) return _mm512_set1_epi32(8 * sum);
+        return _mm512_mullo_epi32(_mm512_loadu_si512(zeros.get() + group * width + at), _mm512_set1_epi32(sum));
+    }
+};
+
+// 16 outputs for a few rows. SHARE: groups in 128 inputs (4, 2, 1), or 0 where a group is a whole number of 128s or all.
+template <int SHARE>
+static inline void int4_dot(const Linear& p, Rows& rows, int64_t first, Factors& factors) {
+    const int64_t row_bytes = p.inputs / 2, group_bytes = row_bytes / p.groups;
+    const uint8_t* weight[16];
+    for (int i = 0; i < 16; ++i)
+        weight[i] = static_cast<const uint8_t*>(p.weight) + std::min(first + i, p.outputs - 1) * row_bytes;
+    factors.load(p, first);
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int64_t m = 0; m < p.rows; ++m) {
+        const int8_t* codes = rows.codes.get() + m * rows.stride;
+        const int32_t* sums = rows.sums.get() + m * p.groups;
+        __m512 total = _mm512_setzero_ps();
+        auto add = [&](int64_t group, __m512i sum) {
+            __m512i exact = _mm512_sub_epi32(sum, factors.excess(p, group, 0, sums[group]));
+            __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), factors.scale(group, 0));
+            total = group == 0 ? part : _mm512_add_ps(total, part);
+        };
+        __m512i acc[16];
+        for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
+        for (int64_t k = 0; k < row_bytes; k += 64) {
+            __m512i even = _mm512_loadu_si512(codes + 2 * k), odd = _mm512_loadu_si512(codes + 2 * k + 64);
+            if (row_bytes - k >= 64) {
+                MC_UNROLL(16)
+                for (int i = 0; i < 16; ++i) {
+                    __m512i w = _mm512_loadu_si512(weight[i] + k);
+                    dot_add(acc[i], _mm512_and_si512(w, low), even);
+                    dot_add(acc[i], _mm512_and_si512(_mm512_srli_epi16(w, 4), low), odd);
+                }
+            } else {
+                __mmask64 part = bytes(row_bytes - k);
+                MC_UNROLL(16)
+                for (int i = 0; i < 16; ++i) {
+                    __m512i w = _mm512_maskz_loadu_epi8(part, weight[i] + k);
+                    dot_add(acc[i], _mm512_and_si512(w, low), even);
+                    dot_add(acc[i], _mm512_and_si512(_mm512_srli_epi16(w, 4), low), odd);
+                }
+            }
+            if (SHARE == 0) {
+                if (k + 64 < row_bytes && (k + 64) % group_bytes) continue;
+                add(k / group_bytes, full_sums(acc));
+            } else if (SHARE == 2) {
+                __m512i left, right;
+                half_sums(acc, left, right);
+                add(k / 32, left);
+                if (k + 32 < row_bytes) add(k / 32 + 1, right);
+            } else {
+                __m512i z[4];
+                quarter_sums(acc, z);
+                __m512i a = _mm512_shuffle_i32x4(z[0], z[1], 0x88), b = _mm512_shuffle_i32x4(z[0], z[1], 0xdd);
+                __m512i c = _mm512_shuffle_i32x4(z[2], z[3], 0x88), d = _mm512_shuffle_i32x4(z[2], z[3], 0xdd);
+                add(k / 16, _mm512_shuffle_i32x4(a, c, 0x88));
+                if (k + 16 < row_bytes) add(k / 16 + 1, _mm512_shuffle_i32x4(b, d, 0x88));
+                if (k + 32 < row_bytes) add(k / 16 + 2, _mm512_shuffle_i32x4(a, c, 0xdd));
+                if (k + 48 < row_bytes) add(k / 16 + 3, _mm512_shuffle_i32x4(b, d, 0xdd));
+            }
+            for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
+        }
+        finish_lanes(p, rows, m, first, total);
+    }
+}
+
+// R rows from m by 32 outputs from `first`; totals of the groups so far wait in cache.
+template <int R>
+static inline void int4_tile(const Linear& p, Rows& rows, int64_t m, int64_t first, const uint8_t* panel, Factors& factors) {
+    const int8_t* codes = rows.codes.get() + m * rows.stride;
+    const int64_t stride = rows.stride, quads = p.inputs / 8 / p.groups;
+    const __m512i low = _mm512_set1_epi8(15);
+    alignas(64) float total[R][32];
+    for (int64_t g = 0; g < p.groups; ++g) {
+        __m512i acc[R][2];
+        MC_UNROLL(12)
+        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
+        for (int64_t q = g * quads; q < (g + 1) * quads; ++q) {
+            const int8_t* at = codes + (q >> 4) * 128 + (q & 15) * 4;
+            __m512i left = _mm512_load_si512(panel + q * 128), right = _mm512_load_si512(panel + q * 128 + 64);
+            __m512i left_low = _mm512_and_si512(left, low), right_low = _mm512_and_si512(right, low);
+            MC_UNROLL(12)
+            for (int r = 0; r < R; ++r) {
+                dot_add_quad(acc[r][0], left_low, at + r * stride);
+                dot_add_quad(acc[r][1], right_low, at + r * stride);
+            }
+            __m512i left_high = _mm512_and_si512(_mm512_srli_epi16(left, 4), low);
+            __m512i right_high = _mm512_and_si512(_mm512_srli_epi16(right, 4), low);
+            MC_UNROLL(12)
+            for (int r = 0; r < R; ++r) {
+                dot_add_quad(acc[r][0], left_high, at + r * stride + 64);
+                dot_add_quad(acc[r][1], right_high, at + r * stride + 64);
+            }
+        }
+        MC_UNROLL(2)
+        for (int half = 0; half < 2; ++half) {
+            __m512 scale = factors.scale(g, 16 * half);
+            MC_UNROLL(12)
+            for (int r = 0; r < R; ++r) {
+                __m512i excess = factors.excess(p, g, 16 * half, rows.sums[size_t((m + r) * p.groups + g)]);
+                __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][half], excess)), scale);
+                float* to = total[r] + 16 * half;
+                _mm512_store_ps(to, g == 0 ? part : _mm512_add_ps(_mm512_load_ps(to), part));
+            }
+        }
+    }
+    for (int half = 0; half < 2 && first + 16 * half < p.outputs; ++half)
+        for (int r = 0; r < R; ++r) finish_lanes(p, rows, m + r, first + 16 * half, _mm512_load_ps(total[r] + 16 * half));
+}
+
+static inline void int4_rest(const Linear& p, Rows& rows, int64_t m, int64_t count, int64_t first, const uint8_t* panel,
+                             Factors& factors) {
+    if (count >= 8) int4_tile<8>(p, rows, m, first, panel, factors), m += 8, count -= 8;
+    if (count >= 4) int4_tile<4>(p, rows, m, first, panel, factors), m += 4, count -= 4;
+    if (count >= 2) int4_tile<2>(p, rows, m, first, panel, factors), m += 2, count -= 2;
+    if (count) int4_tile<1>(p, rows, m, first, panel, factors);
+}
+
+static inline void int4_vnni(const Linear& p) {
+    const int64_t group_size = p.inputs / p.groups;
+    Rows rows(p.rows, p.inputs, p.groups, true);
+    quantize_all(rows, p);
+    bool reads_in_place = p.groups == 1 || group_size % 128 == 0 || group_size == 64 || group_size == 32;
+    if (reads_in_place && p.rows <= DOT4_ROWS) {
+        int64_t tasks = ceil_div(p.outputs, 16);
+        int threads = int(std::min<int64_t>(p.threads, ceil_div(tasks * p.inputs, 1 << 13)));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+            Factors factors(p, 16);
+#pragma omp for schedule(dynamic, 4)
+            for (int64_t task = 0; task < tasks; ++task) {
+                if (p.groups == 1 || group_size % 128 == 0) int4_dot<0>(p, rows, task * 16, factors);
+                else if (group_size == 64) int4_dot<2>(p, rows, task * 16, factors);
+                else int4_dot<4>(p, rows, task * 16, factors);
+            }
+        }
+        return;
+    }
+    int64_t panels = ceil_div(p.outputs, COLUMNS4);
+    int64_t stripes = panels >= 8 ? 1 : std::min(ceil_div(8, panels), ceil_div(p.rows, STRIPE4));
+    int64_t stripe = ceil_div(ceil_div(p.rows, stripes), ROWS4) * ROWS4;
+    int threads = int(std::min<int64_t>(p.threads, panels * stripes));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Scratch<uint8_t> panel{size_t(ceil_div(p.inputs, 8) * 4 * COLUMNS4)};
+        Factors factors(p, COLUMNS4);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < panels * stripes; ++task) {
+            int64_t first = task / stripes * COLUMNS4, m = task % stripes * stripe, end = std::min(p.rows, m + stripe);
+            for (int half = 0; half < 2; ++half)
+                pack_quads(static_cast<const uint8_t*>(p.weight), first + 16 * half, p.outputs, p.inputs / 2, 0,
+                           panel.get() + 64 * half, 128);
+            factors.load(p, first);
+            for (; m + ROWS4 <= end; m += ROWS4) int4_tile<ROWS4>(p, rows, m, first, panel.get(), factors);
+            if (m < end) int4_rest(p, rows, m, end - m, first, panel.get(), factors);
+        }
+    }
+}
+
+#endif
+
+static inline void int4_linear(const void* description) {
+    const Linear& p = *static_cast<const Linear*>(description);
+    if (p.activation == 2) return float_linear(p, true);
+#if MC_WIDTH == 16
+    if (p.inputs / p.groups % 8 == 0) return int4_vnni(p);
+#endif
+    plain_linear(p, true);
+}
+
+}  // namespace MC_LEVEL
+#endif

@@ -1,0 +1,128 @@
+// int8_linear on a CPU: see int_tiles.h for the layout and the two shapes of loop.
+#ifndef MC_LEVEL
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics (bug 105593)
+#endif
+#include "native.h"
+
+#define MC_SELF "int8_linear/cpu.cpp"
+#include "levels.h"
+
+extern "C" MC_EXPORT void mc_int8_linear(const void* p) { MC_DISPATCH(int8_linear, p); }
+
+#else
+
+#include "int_tiles.h"
+
+namespace MC_LEVEL {
+
+#if MC_WIDTH == 16
+
+constexpr int64_t DOT_ROWS = 8;  // up to here weights are read in place
+constexpr int64_t ROWS = 12, COLUMNS = 32, STRIPE = 96;
+
+// 16 outputs for a few rows.
+static inline void int8_dot(const Linear& p, Rows& rows, int64_t first) {
+    const uint8_t* weight[16];
+    for (int i = 0; i < 16; ++i)
+        weight[i] = static_cast<const uint8_t*>(p.weight) + std::min(first + i, p.outputs - 1) * p.inputs;
+    const __m512i flip = _mm512_set1_epi8(char(0x80));
+    __m512 scale = _mm512_maskz_loadu_ps(lanes(p.outputs - first), static_cast<const float*>(p.scale) + first);
+    int64_t whole = p.inputs / 64 * 64;
+    for (int64_t m = 0; m < p.rows; ++m) {
+        const int8_t* codes = rows.codes.get() + m * rows.stride;
+        __m512i acc[16];
+        for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
+        for (int64_t k = 0; k < whole; k += 64) {
+            __m512i a = _mm512_loadu_si512(codes + k);
+            MC_UNROLL(16)
+            for (int i = 0; i < 16; ++i) dot_add(acc[i], _mm512_xor_si512(_mm512_loadu_si512(weight[i] + k), flip), a);
+        }
+        if (whole < p.inputs) {
+            __m512i a = _mm512_loadu_si512(codes + whole);
+            __mmask64 part = bytes(p.inputs - whole);
+            MC_UNROLL(16)
+            for (int i = 0; i < 16; ++i)
+                dot_add(acc[i], _mm512_xor_si512(_mm512_maskz_loadu_epi8(part, weight[i] + whole), flip), a);
+        }
+        __m512i sum = _mm512_sub_epi32(full_sums(acc), _mm512_set1_epi32(int32_t(128u * uint32_t(rows.sums[size_t(m)]))));
+        finish_lanes(p, rows, m, first, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+    }
+}
+
+// R rows from m by 32 outputs from `first`, whose quads are in `panel`.
+template <int R>
+static inline void int8_tile(const Linear& p, Rows& rows, int64_t m, int64_t first, const uint8_t* panel) {
+    const int8_t* codes = rows.codes.get() + m * rows.stride;
+    __m512i acc[R][2];
+    MC_UNROLL(12)
+    for (int r = 0; r < R; ++r)
+        acc[r][0] = acc[r][1] = _mm512_set1_epi32(int32_t(-128u * uint32_t(rows.sums[size_t(m + r)])));
+    int64_t stride = rows.stride;
+    for (int64_t q = 0; q < p.inputs; q += 4) {
+        __m512i left = _mm512_load_si512(panel + q * 32), right = _mm512_load_si512(panel + q * 32 + 64);
+        MC_UNROLL(12)
+        for (int r = 0; r < R; ++r) {
+            dot_add_quad(acc[r][0], left, codes + r * stride + q);
+            dot_add_quad(acc[r][1], right, codes + r * stride + q);
+        }
+    }
+    for (int half = 0; half < 2; ++half) {
+        int64_t at = first + 16 * half;
+        if (at >= p.outputs) break;
+        __m512 scale = _mm512_maskz_loadu_ps(lanes(p.outputs - at), static_cast<const float*>(p.scale) + at);
+        MC_UNROLL(12)
+        for (int r = 0; r < R; ++r) finish_lanes(p, rows, m + r, at, _mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][half]), scale));
+    }
+}
+
+static inline void int8_rest(const Linear& p, Rows& rows, int64_t m, int64_t count, int64_t first, const uint8_t* panel) {
+    if (count >= 8) int8_tile<8>(p, rows, m, first, panel), m += 8, count -= 8;
+    if (count >= 4) int8_tile<4>(p, rows, m, first, panel), m += 4, count -= 4;
+    if (count >= 2) int8_tile<2>(p, rows, m, first, panel), m += 2, count -= 2;
+    if (count) int8_tile<1>(p, rows, m, first, panel);
+}
+
+static inline void int8_vnni(const Linear& p) {
+    Rows rows(p.rows, p.inputs, 1, false);
+    quantize_all(rows, p);
+    if (p.rows <= DOT_ROWS && p.inputs >= 128) {
+        int64_t tasks = ceil_div(p.outputs, 16);
+        int threads = int(std::min<int64_t>(p.threads, ceil_div(tasks * p.inputs, 1 << 13)));
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1)
+        for (int64_t task = 0; task < tasks; ++task) int8_dot(p, rows, task * 16);
+        return;
+    }
+    int64_t panels = ceil_div(p.outputs, COLUMNS);
+    int64_t stripes = panels >= 8 ? 1 : std::min(ceil_div(8, panels), ceil_div(p.rows, STRIPE));
+    int64_t stripe = ceil_div(ceil_div(p.rows, stripes), ROWS) * ROWS;
+    int threads = int(std::min<int64_t>(p.threads, panels * stripes));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Scratch<uint8_t> panel{size_t(ceil_div(p.inputs, 4) * 4 * COLUMNS)};
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < panels * stripes; ++task) {
+            int64_t first = task / stripes * COLUMNS, m = task % stripes * stripe, end = std::min(p.rows, m + stripe);
+            for (int half = 0; half < 2; ++half)
+                pack_quads(static_cast<const uint8_t*>(p.weight), first + 16 * half, p.outputs, p.inputs, 0x80,
+                           panel.get() + 64 * half, 128);
+            for (; m + ROWS <= end; m += ROWS) int8_tile<ROWS>(p, rows, m, first, panel.get());
+            if (m < end) int8_rest(p, rows, m, end - m, first, panel.get());
+        }
+    }
+}
+
+#endif
+
+static inline void int8_linear(const void* description) {
+    const Linear& p = *static_cast<const Linear*>(description);
+    if (p.activation == 2) return float_linear(p, false);
+#if MC_WIDTH == 16
+    int8_vnni(p);
+#else
+    plain_linear(p, false);
+#endif
+}
+
+}  // namespace MC_LEVEL
+#endif
