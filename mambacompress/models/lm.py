@@ -162,16 +162,18 @@ def _sampler(temperature: float, top_k: int | None, top_p: float | None, seed: i
 
     def sample(logits_BV: Tensor) -> Tensor:
         draws_B1 = torch.rand(len(logits_BV), 1, generator=generator, dtype=torch.float64).to(logits_BV.device)
-        p_BV, order_BV = torch.softmax(logits_BV.double() / temperature, -1).sort(-1, descending=True, stable=True)
+        p_BV, order_BV = torch.softmax(logits_BV.double() / temperature, -1), None
         if top_k is not None:
-            p_BV[:, top_k:] = 0
-        before_BV = p_BV.cumsum(-1) - p_BV
+            p_BV, order_BV = p_BV.topk(min(top_k, p_BV.shape[-1]))
+        elif top_p is not None:
+            p_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
         if top_p is not None:
-            p_BV[before_BV >= top_p * p_BV.sum(-1, keepdim=True)] = 0
+            total_BV = p_BV.cumsum(-1)
+            p_BV = p_BV.masked_fill(total_BV - p_BV >= top_p * total_BV[:, -1:], 0)
         total_BV = p_BV.cumsum(-1)
-        place_B1 = torch.searchsorted(total_BV, draws_B1 * total_BV[:, -1:], right=True)
-        kept_B1 = (p_BV > 0).sum(-1, keepdim=True)
-        return order_BV.gather(-1, torch.minimum(place_B1, kept_B1 - 1))[:, 0]
+        last_B1 = (total_BV < total_BV[:, -1:]).sum(-1, keepdim=True)  # where rounding could step over the end
+        place_B1 = torch.searchsorted(total_BV, draws_B1 * total_BV[:, -1:], right=True).minimum(last_B1)
+        return (place_B1 if order_BV is None else order_BV.gather(-1, place_B1))[:, 0]
 
     return sample
 
