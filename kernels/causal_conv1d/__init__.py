@@ -12,6 +12,7 @@ from mambacompress.kernels.causal_conv1d.cpu import MAX_WIDTH, causal_conv1d_cpu
 from mambacompress.kernels.causal_conv1d.reference import causal_conv1d_reference, last_inputs
 from mambacompress.kernels.registry import choose
 from mambacompress.kernels.selective_scan.reference import same_as_previous
+from mambacompress.kernels.tolerances import compare
 
 
 def causal_conv1d(
@@ -52,4 +53,12 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, act_scale: Tens
             raise ValueError(f"causal_conv1d: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-__all__ = ["causal_conv1d", "causal_conv1d_reference"]
+def check() -> tuple[float, float]:
+    """(RMS ratio of what runs here to the fp64 reference, its tolerance), outputs and gradients of a small problem."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 35, 40), (40, 4), (40,))
+    return compare(causal_conv1d, causal_conv1d_reference,
+                   [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes])
+
+
+__all__ = ["check", "causal_conv1d", "causal_conv1d_reference"]

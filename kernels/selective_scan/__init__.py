@@ -13,6 +13,7 @@ from torch import Tensor
 from mambacompress.kernels.registry import choose
 from mambacompress.kernels.selective_scan.cpu import selective_scan_cpu
 from mambacompress.kernels.selective_scan.reference import compute_dtype, same_as_previous, selective_scan_reference
+from mambacompress.kernels.tolerances import compare
 
 
 @dataclass(frozen=True)
@@ -96,4 +97,16 @@ def check_scales(tensors: dict[str, Tensor | None], scales: ScanScales | None) -
             raise TypeError(f"selective_scan: {name} is int8 and has no scale; pass scales=ScanScales({name}=...)")
 
 
-__all__ = ["ScanScales", "selective_scan", "selective_scan_reference"]
+def check() -> tuple[float, float]:
+    """(RMS ratio of what runs here to the fp64 reference, its tolerance), outputs and gradients of a small problem."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    leaves = [randn(2, 35, 40), randn(2, 35, 40), -randn(40, 16).abs(), randn(2, 35, 1, 16), randn(2, 35, 1, 16), randn(40),
+              randn(2, 35, 40)]
+    return compare(selective_scan, selective_scan_reference, leaves)
+
+
+__all__ = ["ScanScales", "check", "selective_scan", "selective_scan_reference"]

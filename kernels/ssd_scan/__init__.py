@@ -5,9 +5,11 @@ Legend: B batch, L tokens, H heads, P head_dim, G groups, N d_state.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mambacompress.kernels.ssd_scan.reference import ssd_scan_reference, ssd_scan_sequential
+from mambacompress.kernels.tolerances import compare
 
 
 def ssd_scan(
@@ -47,4 +49,12 @@ def check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
             raise ValueError(f"ssd_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-__all__ = ["ssd_scan", "ssd_scan_reference", "ssd_scan_sequential"]
+def check() -> tuple[float, float]:
+    """(RMS ratio of what runs here to the fp64 reference, its tolerance), outputs and gradients of a small problem."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 35, 4, 8), (2, 35, 4), (4,), (2, 35, 2, 16), (2, 35, 2, 16))
+    x, dt, A, B, C = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    return compare(ssd_scan, ssd_scan_sequential, [x, dt, -A.abs(), B, C])
+
+
+__all__ = ["check", "ssd_scan", "ssd_scan_reference", "ssd_scan_sequential"]

@@ -1,0 +1,144 @@
+"""Native selective scan and convolution against their fp64 references: every instruction set, odd sizes, gradients, threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambacompress.kernels.registry import backend, strict
+from mambacompress.kernels.selective_scan import selective_scan
+from mambacompress.kernels.tolerances import FORWARD, GRADIENT, rms_ratio
+from tests.kernels.scans import (
+    assert_close,
+    at_level,
+    available_levels,
+    cast,
+    nan_filled,
+    needs_native,
+    packed_ids,
+    run,
+    scan_problem,
+    threads,
+)
+
+pytestmark = needs_native
+SIZES = [(1, 1, 5, 16, 1), (2, 3, 17, 16, 1), (2, 63, 48, 5, 3), (1, 257, 34, 16, 2), (2, 33, 70, 24, 1)]
+FP32 = ("A_EN", "D_E", "dt_bias_E", "initial_state_BEN")
+
+
+def both(problem: dict[str, torch.Tensor], dtype: torch.dtype, **options: object) -> None:
+    """Native in ``dtype`` against the reference in fp64, from the same rounded inputs."""
+    rounded = cast(problem, dtype, FP32)
+    with nan_filled(), strict(), backend("native"):
+        result = run(selective_scan, rounded, **options)
+    with backend("reference"):
+        reference = run(selective_scan, {k: v.double() for k, v in rounded.items()}, **options)
+    assert_close(result, reference, FORWARD[dtype], GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("level", available_levels())
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_parity_and_gradients(level: str, size: tuple[int, int, int, int, int]) -> None:
+    with at_level(level):
+        both(scan_problem(*size), torch.float32)
+
+
+@pytest.mark.parametrize("level", available_levels())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_inputs(level: str, dtype: torch.dtype) -> None:
+    with at_level(level):
+        both(scan_problem(2, 35, 21, 16), dtype)
+
+
+@pytest.mark.parametrize("absent", [("z_BLE",), ("D_E",), ("dt_bias_E",), ("initial_state_BEN",),
+                                    ("z_BLE", "D_E", "dt_bias_E", "initial_state_BEN")], ids=str)
+def test_optional_inputs(absent: tuple[str, ...]) -> None:
+    both({k: v for k, v in scan_problem(2, 20, 18, 16).items() if k not in absent}, torch.float32)
+
+
+@pytest.mark.parametrize("level", available_levels())
+@pytest.mark.parametrize("options", [{"reverse": True}, {"packed": True}, {"packed": True, "reverse": True},
+                                     {"dt_softplus": False}, {"z_scale": True}], ids=str)
+def test_options(level: str, options: dict[str, bool]) -> None:
+    problem = scan_problem(2, 40, 19, 16)
+    passed: dict[str, object] = {k: v for k, v in options.items() if k in ("reverse", "dt_softplus")}
+    if not options.get("dt_softplus", True):
+        problem["dt_BLE"] = problem["dt_BLE"].abs() + 0.5  # dt is then already a step size: positive
+    if "packed" in options:
+        passed["seq_idx_BL"] = packed_ids(2, 40)
+    if "z_scale" in options:
+        passed["z_scale_E"] = torch.rand(19) + 0.5
+    with at_level(level):
+        both(problem, torch.float32, **passed)
+
+
+def test_views_of_larger_tensors_need_no_copy_and_give_the_same() -> None:
+    """u and z are halves of one projection, dt, B and C slices of another, as in a mixer."""
+    p = cast(scan_problem(2, 20, 18, 16), torch.float32)
+    xz = torch.cat([p["u_BLE"], p["z_BLE"]], -1)
+    rows = torch.cat([p["dt_BLE"], p["B_BLGN"].flatten(2), p["C_BLGN"].flatten(2)], -1)
+    u, z = xz.chunk(2, -1)
+    dt, B, C = rows.split([18, 16, 16], -1)
+    views = {**p, "u_BLE": u, "z_BLE": z, "dt_BLE": dt, "B_BLGN": B.unflatten(-1, (1, 16)), "C_BLGN": C.unflatten(-1, (1, 16))}
+    for a, b in zip(selective_scan(**views), selective_scan(**p), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("level", available_levels())
+def test_one_and_two_threads_give_the_same_bits(level: str) -> None:
+    problem = cast(scan_problem(3, 65, 530, 16), torch.float32)
+    results = []
+    for count in (1, 2):
+        with at_level(level), threads(count), backend("native"):
+            results.append(run(selective_scan, problem))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("level", available_levels())
+def test_prefill_and_steps_give_the_same_bits_at_every_level(level: str) -> None:
+    p = cast(scan_problem(2, 37, 21, 16), torch.float32)
+    tokens = ("u_BLE", "dt_BLE", "B_BLGN", "C_BLGN", "z_BLE")
+    with at_level(level), backend("native"):
+        y, final = selective_scan(**p)
+        state = p["initial_state_BEN"]
+        for t in range(37):
+            y_t, state = selective_scan(**{**{k: v[:, t:t + 1] if k in tokens else v for k, v in p.items()},
+                                           "initial_state_BEN": state})
+            assert torch.equal(y_t[:, 0], y[:, t])
+    assert torch.equal(state, final)
+
+
+def test_slow_and_instant_decay() -> None:
+    """A state that hardly forgets over 4,000 tokens is as exact as fp32 torch keeps it; A = -inf forgets at once."""
+    length = 4000
+    problem = cast(scan_problem(1, length, 4, 16), torch.float32)
+    problem["A_EN"] = torch.full((4, 16), -1e-3)
+    problem["A_EN"][1] = -torch.inf
+    problem["dt_BLE"] = torch.full((1, length, 4), 0.02)
+    with backend("native"):
+        y, _ = selective_scan(**problem, dt_softplus=False)
+    with backend("reference"):
+        same, _ = selective_scan(**problem, dt_softplus=False)
+        want, _ = selective_scan(**{k: v.double() for k, v in problem.items()}, dt_softplus=False)
+    assert rms_ratio(y, want) <= 2 * rms_ratio(same, want)
+    assert rms_ratio(y[..., 1], want[..., 1]) < FORWARD[torch.float32]
+
+
+def test_nan_is_not_hidden() -> None:
+    p = cast(scan_problem(1, 8, 16, 16), torch.float32)
+    p["dt_BLE"][0, 3, 2] = torch.nan
+    with backend("native"):
+        y, final = selective_scan(**p)
+    assert torch.isnan(y[0, 3:, 2]).all()
+    assert torch.isnan(final[0, 2]).all()
+    assert torch.isfinite(y[0, :, 3:]).all()
+    assert torch.isfinite(y[0, :3]).all()
+
+
+def test_the_custom_op_is_well_formed() -> None:
+    from mambacompress.kernels.selective_scan.cpu import scan_op
+
+    p = cast(scan_problem(2, 5, 6, 4), torch.float32)
+    arguments = (p["u_BLE"], p["dt_BLE"], p["A_EN"], p["B_BLGN"], p["C_BLGN"], p["D_E"], p["z_BLE"], p["dt_bias_E"], None,
+                 p["initial_state_BEN"], None, None, None, None, None, None, True, False, True)
+    torch.library.opcheck(scan_op, arguments, test_utils=("test_schema", "test_faketensor"))
