@@ -48,11 +48,11 @@ def _change_chart(report: ReportData, name: str) -> Chart:
         if text is None:
             return None
         if row.name == report.baseline:
-            return 0.0, None, f"perplexity {text.perplexity:.4g}"
+            return 0.0, None, f"perplexity {text.perplexity:.2f}"
         if text.change is None:
             return None
         change, error = text.change.ratio - 1, text.change.ratio_se
-        shown = f"{signed_percent(change)} {plus_minus(error, percent=True)} (perplexity {text.perplexity:.4g})"
+        shown = f"{signed_percent(change)} {plus_minus(error, percent=True)} (perplexity {text.perplexity:.2f})"
         return 100 * change, None if error is None else 100 * error, shown
 
     points = _points(report, value_of)
@@ -65,7 +65,7 @@ def _change_chart(report: ReportData, name: str) -> Chart:
         _plain_percent,
         False,
         scale,
-        (0.0, f"{report.baseline}"),
+        0.0,
     )
 
 
@@ -97,7 +97,7 @@ def _perplexity_chart(report: ReportData, name: str) -> Chart:
         return (
             None
             if text is None
-            else (text.perplexity, text.se, f"perplexity {text.perplexity:.4g} {plus_minus(text.se)}")
+            else (text.perplexity, text.se, f"perplexity {text.perplexity:.2f} {plus_minus(text.se)}")
         )
 
     return Chart(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Literal
 
 WIDTH, HEIGHT = 960, 460
@@ -42,7 +43,7 @@ class Chart:
     show: Callable[[float], str]
     higher: bool
     scale: Scale = "linear"
-    reference: tuple[float, str] | None = None
+    reference: float | None = None
 
 
 def pareto(points: Sequence[Point], higher: bool) -> list[Point]:
@@ -111,8 +112,8 @@ def svg(chart: Chart, size_label: Callable[[float], str]) -> str:
     spans = [v for p in chart.points for v in (p.value - (p.se or 0), p.value + (p.se or 0))]
     if chart.scale == "log":
         spans = [v for v in spans if v > 0]
-    if chart.reference:
-        spans.append(chart.reference[0])
+    if chart.reference is not None:
+        spans.append(chart.reference)
     nonzero = sorted(abs(p.value) for p in chart.points if p.value)
     y = _Axis(min(spans), max(spans), chart.scale, nonzero[len(nonzero) // 4] if nonzero else 1.0)
     x = _Axis(min(p.size for p in chart.points) * 0.93, max(p.size for p in chart.points) * 1.07, "log")
@@ -140,13 +141,14 @@ def svg(chart: Chart, size_label: Callable[[float], str]) -> str:
         out.append(_text("hint", LEFT + 8, TOP + 6, "start", "better \u2196"))
     else:
         out.append(_text("hint", LEFT + 8, bottom - 10, "start", "better \u2199"))
-    if chart.reference:
-        value, name = chart.reference
-        out.append(_line("reference", LEFT, py(value), right, py(value)))
-        out.append(_text("hint", right, py(value) - 6, "end", name))
+    if chart.reference is not None:
+        out.append(_line("reference", LEFT, py(chart.reference), right, py(chart.reference)))
     front = pareto(chart.points, chart.higher)
-    out.append(f'<path class="front" d="{_steps([(px(p.size), py(p.value)) for p in front])}"/>')
+    corners = [(px(p.size), py(p.value)) for p in front]
+    out.append(f'<path class="front" d="{_steps(corners)}"/>')
     boxes = [(px(p.size) - 7, py(p.value) - 7, px(p.size) + 7, py(p.value) + 7) for p in chart.points]
+    for (x1, y1), (x2, y2) in pairwise(corners):  # labels keep off the front where they can
+        boxes += [(x1, y1 - 1, x2, y1 + 1), (x2 - 1, min(y1, y2), x2 + 1, max(y1, y2))]
     for point in chart.points:
         out += _mark(point, px(point.size), py, point in front, chart)
     for point in sorted(chart.points, key=lambda p: p not in front):

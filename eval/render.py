@@ -34,7 +34,7 @@ def html(report: ReportData) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    drawings = [(chart, svg(chart, human_bytes)) for chart in charts(report)]
+    drawings = [(chart, svg(chart, _tick)) for chart in charts(report)]
     return environment.get_template("report.html").render(
         report=report,
         subtitle=_subtitle(report),
@@ -97,6 +97,12 @@ def _bars(report: ReportData) -> list[dict[str, object]]:
             }
         )
     return made
+
+
+def _tick(count: float) -> str:
+    """5.00 MB -> 5 MB."""
+    number, _, unit = human_bytes(count).partition(" ")
+    return f"{float(number.replace(',', '')):g} {unit}"
 
 
 def _subtitle(report: ReportData) -> str:

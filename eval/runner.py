@@ -185,7 +185,7 @@ def _rows(
                 _speed(row, candidate, model, chosen)
         else:
             row.not_measured.append("speed and peak memory: not asked for")
-        row.backend = environment.backend()
+        row.backend = row.speed.backend if row.speed and candidate.path else environment.backend()
         del model, tokenizer
         gc.collect()
         yield row

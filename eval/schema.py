@@ -20,7 +20,7 @@ def _unpack(value: Any) -> Any:
 def _pack(values: list[float]) -> str | list[float]:
     if all(value in (0.0, 1.0) for value in values):
         return "".join("1" if value else "0" for value in values)
-    return [float(f"{value:.9g}") for value in values]
+    return values
 
 
 Outcomes = Annotated[list[float], BeforeValidator(_unpack), PlainSerializer(_pack)]

@@ -6,7 +6,7 @@ read. The files' bytes are what is compared; the categories say where they go an
     embeddings   tensors of the embedding and of the head, their scales included (a tied one is stored and counted once)
     weights      integer codes of quantized matrices, and the matrices that stayed in float
     scales       scales and zero points       masks   N:M masks and indices
-    other        norms, biases, A, D, convolutions, transforms
+    other        norms, biases, A, D, convolutions, transforms of the head
 
 Bits a weight = bits of embeddings + weights + scales + masks over the number of weights they stand for. How many a
 packed tensor stands for is not in its shape: the artifact's manifest says (int4 holds two a byte).
@@ -43,7 +43,7 @@ ITEM_BITS = {
 CATEGORIES = ("weights", "scales", "masks", "embeddings", "other")
 MANIFEST = "mambacompress.json"
 _EMBEDDINGS = ("embed", "lm_head", "wte")
-_SCALES = ("scale", "scales", "zero", "zeros", "zero_point", "act_scale", "weight_scale")
+_SCALES = ("scale", "scales", "zero", "zeros", "zero_point")
 _MASKS = ("mask", "indices", "index", "meta")
 _OTHER = ("A_log", "D", "dt_bias", "bias", "transform", "signs")
 _HEADER_LIMIT = 100 << 20
@@ -152,13 +152,14 @@ def measure(directory: str | Path) -> SizeOnDisk:
 def category_of(entry: TensorEntry) -> str:
     """One of CATEGORIES, from the tensor's name, dtype and shape."""
     path, _, leaf = entry.name.rpartition(".")
+    module = path.rpartition(".")[2]
     if any(mark in path for mark in _EMBEDDINGS) and leaf not in _OTHER:
         return "embeddings"
-    if leaf in _SCALES or leaf.endswith(("_scale", "_scales", "_zero", "_zeros")):
+    if _is_scale(leaf):
         return "scales"
-    if leaf in _MASKS or leaf.endswith(("_mask", "_indices")):
+    if _is_mask(leaf):
         return "masks"
-    if leaf in _OTHER or leaf.endswith("_bias") or len(entry.shape) != 2:
+    if leaf in _OTHER or leaf.endswith("_bias") or module.startswith("conv") or len(entry.shape) != 2:
         return "other"
     return "weights"
 
@@ -166,15 +167,19 @@ def category_of(entry: TensorEntry) -> str:
 def _weights_in(entry: TensorEntry, layout: dict[str, Any]) -> int:
     """How many weights a tensor stands for; 0 for scales and masks."""
     path, _, leaf = entry.name.rpartition(".")
-    if (
-        leaf in _SCALES
-        or leaf in _MASKS
-        or leaf.endswith(("_scale", "_scales", "_zero", "_zeros", "_mask", "_indices"))
-    ):
+    if _is_scale(leaf) or _is_mask(leaf):
         return 0
     items = math.prod(entry.shape)
     bits = _bits(layout.get(path, {}))
     return items * ITEM_BITS[entry.dtype] // bits if bits and entry.dtype in ("U8", "I8", "I32") else items
+
+
+def _is_scale(leaf: str) -> bool:
+    return leaf in _SCALES or leaf.startswith("scale_") or leaf.endswith(("_scale", "_scales", "_zero", "_zeros"))
+
+
+def _is_mask(leaf: str) -> bool:
+    return leaf in _MASKS or leaf.endswith(("_mask", "_indices"))
 
 
 def _bits(spec: dict[str, Any]) -> int | None:

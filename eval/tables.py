@@ -68,15 +68,17 @@ def overview(report: ReportData) -> Table:
         ("Model", "Name; the recipe or a description below it"),
         ("File", "Bytes of the safetensors files, headers included"),
         ("Smaller", "The baseline's file divided by this one"),
-        ("Bits / weight", "Codes, scales and masks of all matrices, embeddings included, over the number of weights"),
+        ("Bits", "Codes, scales and masks of all matrices, embeddings included, over the number of weights"),
     ]
     columns += [
         (f"Perplexity, {text}", "Value, and the paired change from the baseline ± its standard error")
         for text in texts
     ]
     columns += [
-        ("KL", "Mean KL divergence from the baseline in nats a token, first text"),
-        ("Top-1", "How often the most likely token is the baseline's, first text"),
+        (
+            "KL",
+            "Mean KL divergence from the baseline in nats a token, and how often the top token is the same; first text",
+        ),
         ("Decode", "Tokens a second at batch 1"),
         ("Peak memory", "Anonymous memory of a process that loads and runs it"),
     ]
@@ -84,18 +86,13 @@ def overview(report: ReportData) -> Table:
     for row in report.models:
         cells = [_name(row, report)]
         size = row.size
-        cells.append(
-            Cell(human_bytes(size.file_bytes), f"{size.file_bytes:,} B", size.file_bytes) if size else missing("")
-        )
+        cells.append(Cell(human_bytes(size.file_bytes), "", size.file_bytes) if size else missing(""))
         cells.append(_smaller(row, base))
         cells.append(Cell(f"{size.bits_per_weight:.2f}", "", size.bits_per_weight) if size else missing(""))
         for text in texts:
             cells.append(_perplexity(row, text))
-        agreement = row.agreement[0] if row.agreement else None
-        cells.append(
-            Cell(significant(agreement.kl), plus_minus(agreement.kl_se), agreement.kl) if agreement else missing("")
-        )
-        cells.append(Cell(percent(agreement.top1), "", agreement.top1) if agreement else missing(""))
+        found = row.agreement[0] if row.agreement else None
+        cells.append(Cell(significant(found.kl), f"top-1 {percent(found.top1)}", found.kl) if found else missing(""))
         speed = row.speed
         cells.append(
             Cell(f"{speed.decode:,.0f}", "tokens/s", speed.decode) if speed and speed.decode else missing("")
@@ -133,7 +130,7 @@ def quality(report: ReportData) -> Table:
                 [
                     _name(row, report, plain=True),
                     Cell(text.text),
-                    Cell(f"{text.perplexity:.4g}", plus_minus(text.se), text.perplexity),
+                    Cell(f"{text.perplexity:.2f}", plus_minus(text.se), text.perplexity),
                     Cell(
                         signed_percent(change.ratio - 1),
                         plus_minus(change.ratio_se, percent=True),
@@ -142,7 +139,7 @@ def quality(report: ReportData) -> Table:
                     )
                     if change
                     else missing(""),
-                    Cell(f"{change.delta:+.4f}", plus_minus(change.delta_se), change.delta)
+                    Cell(signed(change.delta, 4), plus_minus(change.delta_se), change.delta)
                     if change
                     else missing(""),
                     Cell(significant(found.kl), plus_minus(found.kl_se), found.kl) if found else missing(""),
@@ -313,7 +310,7 @@ def human_bytes(count: float) -> str:
             return (
                 f"{count:.0f} B"
                 if unit == "B"
-                else f"{count:.3g} {unit}"
+                else f"{significant(count)} {unit}"
                 if count < 999.5
                 else f"{count:,.0f} {unit}"
             )
@@ -334,9 +331,14 @@ def percent(value: float, places: int = 2) -> str:
     return f"{100 * value:.{places}f} %"
 
 
+def signed(value: float, places: int) -> str:
+    """+1.20, with a minus sign where it is one."""
+    return f"{value:+.{places}f}".replace("-", "\u2212")
+
+
 def signed_percent(value: float) -> str:
     """+0.012 % with as many places as show the change."""
-    return f"{100 * value:+.{3 if abs(value) < 0.01 else 2}f} %"
+    return f"{signed(100 * value, 3 if abs(value) < 0.01 else 2)} %"
 
 
 def plus_minus(se: float | None, *, percent: bool = False) -> str:
@@ -370,7 +372,7 @@ def _smaller(row: ModelResult, base: ModelResult | None) -> Cell:
     if base is None or base.size is None or row.size is None:
         return missing("")
     factor = base.size.file_bytes / row.size.file_bytes
-    return Cell(f"{factor:.2f}\u00d7", f"{row.size.file_bytes / base.size.file_bytes:.1%}", factor)
+    return Cell(f"{factor:.2f}\u00d7", f"{percent(row.size.file_bytes / base.size.file_bytes, 1)}", factor)
 
 
 def _perplexity(row: ModelResult, name: str) -> Cell:
@@ -379,10 +381,10 @@ def _perplexity(row: ModelResult, name: str) -> Cell:
         return missing("")
     change = text.change
     if change is None:
-        return Cell(f"{text.perplexity:.4g}", plus_minus(text.se), text.perplexity)
+        return Cell(f"{text.perplexity:.2f}", plus_minus(text.se), text.perplexity)
     below = f"{signed_percent(change.ratio - 1)} {plus_minus(change.ratio_se, percent=True)}"
     return Cell(
-        f"{text.perplexity:.4g}",
+        f"{text.perplexity:.2f}",
         below,
         text.perplexity,
         tone(change.ratio - 1, change.ratio_se, higher_is_better=False),
@@ -392,14 +394,14 @@ def _perplexity(row: ModelResult, name: str) -> Cell:
 def _task(task: TaskResult | None) -> Cell:
     if task is None:
         return missing()
-    shown: Callable[[float], str] = (lambda v: f"{v:.4g}") if task.metric == "perplexity" else percent
+    shown: Callable[[float], str] = (lambda v: f"{v:.2f}") if task.metric == "perplexity" else percent
     share = task.metric != "perplexity"
     text = f"{shown(task.value)} {plus_minus(task.se, percent=share)}"
     change = task.change
     if change is None:
         return Cell(text, "", task.value)
     if share:
-        below = f"{100 * change.delta:+.2f} {plus_minus(None if change.se is None else 100 * change.se)}"
+        below = f"{signed(100 * change.delta, 2)} {plus_minus(None if change.se is None else 100 * change.se)}"
     else:
         below = f"{signed_percent(change.delta)} {plus_minus(change.se, percent=True)}"
     if change.gained is not None:

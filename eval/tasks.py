@@ -11,6 +11,7 @@ Zero-shot, loglikelihood. ``perplexity`` (lambada, book_cloze) is of the last wo
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -174,14 +175,22 @@ def _file_of(name: str) -> str:
 
 
 def _manager(name: str, data: Path | None, limit: int | None, seed: int) -> Any:
-    from lm_eval.tasks import TaskManager
-
     if name in local_tasks():
+        from lm_eval.tasks import TaskManager
+
         return TaskManager(
             include_path=str(TASKS),
             include_defaults=False,
             metadata={"data": str(data), "limit": limit, "seed": seed},
         )
+    return _hub_manager()
+
+
+@functools.cache
+def _hub_manager() -> Any:
+    """lm-eval's own tasks; reading their index takes seconds, so once a process."""
+    from lm_eval.tasks import TaskManager
+
     return TaskManager(include_defaults=True)
 
 
