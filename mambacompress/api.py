@@ -26,6 +26,7 @@ from mambacompress.models.families.checkpoint import (
     open_checkpoint,
 )
 from mambacompress.models.lm import generate as generate_ids
+from mambacompress.models.lm import stream
 from mambacompress.passes.base import Plan
 from mambacompress.recipe import Recipe, load_recipe
 
@@ -155,7 +156,19 @@ def generate(model: Any, prompt: str | Tensor, max_new_tokens: int = 64, *, toke
 
 
 def _stream(model: Any, prompt: str, max_new_tokens: int, tokenizer: Any, options: dict[str, Any]) -> Iterator[str]:
-    raise NotImplementedError
+    """Pieces of text; a piece is held back while its bytes are not yet whole characters."""
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    if ids.numel() == 0:
+        raise UserError("the prompt is empty", "give at least one character")
+    made: list[int] = []
+    shown = 0
+    for ids_B in stream(model, ids, max_new_tokens, **options):
+        made.append(int(ids_B[0]))
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") and len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
+    yield tokenizer.decode(made, skip_special_tokens=True)[shown:]
 
 
 def _source(model: Any) -> tuple[Checkpoint, str]:

@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mambacompress import artifact
+from mambacompress.models.packed import PackedHead
 
 
 @register_quantization_config(artifact.METHOD)
@@ -46,6 +47,12 @@ class MambaCompressQuantizer(HfQuantizer):
 
             directory = Path(snapshot_download(model.config.name_or_path, local_files_only=True))
         artifact.dress(model, artifact.read_manifest(directory)["layout"])
+        head = model.get_output_embeddings()
+        if model.config.tie_word_embeddings and isinstance(head, PackedHead):
+            # A packed head shares buffers, which transformers' tying (of parameters) does not know: share_head does it.
+            model.all_tied_weights_keys = {}
+            model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()),
+                                                     r"^lm_head\.(qweight|scale|zero)$"}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         artifact.share_head(artifact.map_of(model))
