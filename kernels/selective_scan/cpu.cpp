@@ -1,9 +1,9 @@
 // selective_scan on a CPU: forward, and backward from a checkpoint of the state every TILE tokens.
 //
-// A vector holds W neighbouring channels; the N states of those channels are N vectors, which stay in registers for a whole
-// tile of tokens (N = 16), so the sum over states is one multiply-add a state and never crosses lanes. dt and A meet as
-// exp2(dt * (A log2 e)). A task is one batch row and a run of channels of one group, always cut the same way: results depend
-// neither on the number of threads nor on how the tokens are divided between calls.
+// A vector holds W neighbouring channels; the N states of those channels are N vectors. States are taken a few at a time, so
+// that they and their A stay in registers over a tile of tokens; the sum over states is one multiply-add a state and never
+// crosses lanes. dt and A meet as exp2(dt * (A log2 e)). A task is one batch row and a run of channels of one group, always
+// cut the same way: results depend neither on the number of threads nor on how the tokens are divided between calls.
 //
 // Backward recomputes the states of a tile from its checkpoint, last tile first, and walks them back with
 //     g_t = C_t gy_t + a_{t+1} g_{t+1}      (g = dLoss/dh, gy = dLoss/d(C.h + D u), a = exp(dt A))
@@ -32,7 +32,7 @@ struct ScanGradient {
 constexpr int64_t TILE = 16;  // tokens between two checkpoints
 
 // Channels of a task: few enough to feed every core, enough for long contiguous reads.
-constexpr int64_t FORWARD_RUN = 64, BACKWARD_RUN = 256;
+constexpr int64_t FORWARD_RUN = 64, BACKWARD_RUN = 128;
 
 }  // namespace
 
@@ -85,26 +85,133 @@ MC_INLINE V step_size(const Scan& p, V raw, V bias, V* slope) {
     return p.softplus ? softplus(raw) : raw;
 }
 
-// One token of W channels: h <- a h + (dt u) B, returns C . h. NS: the number of states where it is known when compiling.
-template <int NS>
-MC_INLINE V advance(V* h, const float* A2, const float* B, const float* C, int64_t states, V dt, V dtu) {
-    const int64_t N = NS ? NS : states;
-    V even = zero(), odd = zero();
-    MC_UNROLL(16)
-    for (int64_t n = 0; n < N; ++n) {
-        V a = exp2_finite(dt * load(A2 + n * W));
-        h[n] = fma(h[n], a, dtu * set1(B[n]));
-        if (n & 1)
-            odd = fma(h[n], set1(C[n]), odd);
-        else
-            even = fma(h[n], set1(C[n]), even);
-    }
-    return even + odd;
+// Calls step.run<G>(first state) for all N states, G of them at a time.
+template <int G, typename Step>
+MC_INLINE void for_states(int64_t N, Step&& step, int64_t n = 0) {
+    for (; n + G <= N; n += G) step.template run<G>(n);
+    if constexpr (G > 1) for_states<G / 2>(N, step, n);
 }
 
-template <int NS>
+// G states of W channels over the tokens of a tile: h <- a h + (dt u) B, y += C . h.
+struct Advance {
+    int64_t N, tokens;
+    const float *A2, *B, *C;  // A2: [n][W]; B, C: [token][n]
+    const V *dt, *dtu;
+    const bool* restart;
+    float* state;  // [n][W]
+    V* y;
+
+    template <int G>
+    MC_INLINE void run(int64_t first) const {
+        V h[G], A[G];
+        MC_UNROLL(8)
+        for (int i = 0; i < G; ++i) {
+            h[i] = load(state + (first + i) * W);
+            A[i] = load(A2 + (first + i) * W);
+        }
+        for (int64_t t = 0; t < tokens; ++t) {
+            if (restart[t]) {
+                MC_UNROLL(8)
+                for (int i = 0; i < G; ++i) h[i] = zero();
+            }
+            const float *B_t = B + t * N + first, *C_t = C + t * N + first;
+            const V step = dt[t], input = dtu[t];
+            V even = y[t], odd = zero();
+            MC_UNROLL(8)
+            for (int i = 0; i < G; ++i) {
+                h[i] = fma(h[i], exp2_finite(step * A[i]), input * set1(B_t[i]));
+                if (i & 1)
+                    odd = fma(h[i], set1(C_t[i]), odd);
+                else
+                    even = fma(h[i], set1(C_t[i]), even);
+            }
+            y[t] = even + odd;
+        }
+        MC_UNROLL(8)
+        for (int i = 0; i < G; ++i) store(state + (first + i) * W, h[i]);
+    }
+};
+
+// What a tile holds of one block of channels while its states are walked.
+struct Tile {
+    V dt[TILE], dtu[TILE], u[TILE], y[TILE], slope[TILE], gy[TILE], gB[TILE], gA[TILE];
+};
+
+// G states of one block of channels over a tile, forward again from the checkpoint and then back. dB, dC: [token][G][W] sums
+// over the blocks of the task; dh, dA: [n][W] of this block.
+struct Retreat {
+    int64_t N, tokens;
+    const float *A2, *B, *C, *checkpoint;
+    const bool* restart;
+    Tile* tile;
+    float *dh, *dA, *dB, *dC;
+    bool wants_y;
+
+    template <int G>
+    MC_INLINE void run(int64_t first) const {
+        V h_all[TILE][G], a_all[TILE][G], h[G], A[G];
+        MC_UNROLL(8)
+        for (int i = 0; i < G; ++i) {
+            h[i] = load(checkpoint + (first + i) * W);
+            A[i] = load(A2 + (first + i) * W);
+        }
+        for (int64_t t = 0; t < tokens; ++t) {
+            const float *B_t = B + t * N + first, *C_t = C + t * N + first;
+            const V step = tile->dt[t], input = tile->dtu[t];
+            V y = tile->y[t];
+            MC_UNROLL(8)
+            for (int i = 0; i < G; ++i) {
+                V a = exp2_finite(step * A[i]), fresh = input * set1(B_t[i]);
+                h[i] = fma(h[i], a, fresh);
+                if (restart[t]) {
+                    a = zero();
+                    h[i] = fresh;
+                }
+                a_all[t][i] = a;
+                h_all[t][i] = h[i];
+                if (wants_y) y = fma(h[i], set1(C_t[i]), y);
+            }
+            tile->y[t] = y;
+        }
+        V g[G], sum_A[G];
+        MC_UNROLL(8)
+        for (int i = 0; i < G; ++i) {
+            g[i] = load(dh + (first + i) * W);
+            sum_A[i] = load(dA + (first + i) * W);
+        }
+        for (int64_t t = tokens - 1; t >= 0; --t) {
+            const float *B_t = B + t * N + first, *C_t = C + t * N + first;
+            float *dB_t = dB + t * G * W, *dC_t = dC + t * G * W;
+            const V step = tile->dt[t], input = tile->dtu[t], gy = tile->gy[t];
+            V gB = tile->gB[t], gA = tile->gA[t];
+            MC_UNROLL(8)
+            for (int i = 0; i < G; ++i) {
+                V grad = fma(gy, set1(C_t[i]), g[i]);
+                store(dC_t + i * W, fma(gy, h[i], load(dC_t + i * W)));
+                store(dB_t + i * W, fma(grad, input, load(dB_t + i * W)));
+                h[i] = t ? h_all[t - 1][i] : load(checkpoint + (first + i) * W);
+                gB = fma(grad, set1(B_t[i]), gB);
+                g[i] = grad * a_all[t][i];
+                V through = g[i] * h[i];
+                gA = fma(through, A[i], gA);
+                sum_A[i] = fma(through, step, sum_A[i]);
+            }
+            tile->gB[t] = gB;
+            tile->gA[t] = gA;
+        }
+        MC_UNROLL(8)
+        for (int i = 0; i < G; ++i) {
+            store(dh + (first + i) * W, g[i]);
+            store(dA + (first + i) * W, sum_A[i]);
+        }
+    }
+};
+
+// How many states are walked at a time: as many as their registers allow.
+constexpr int FORWARD_STATES = MC_WIDTH == 16 ? 8 : 4, BACKWARD_STATES = MC_WIDTH == 16 ? 4 : 2;
+
 void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_t last, int64_t first_block) {
-    const int64_t N = NS ? NS : p.states, size = N * W, blocks = ceil_div(last - first, W);
+    const int64_t N = p.states, size = N * W, blocks = ceil_div(last - first, W);
     const int64_t tiles = ceil_div(p.length, TILE), row_blocks = p.groups * ceil_div(p.channels / p.groups, W);
     Scratch<float> memory(size_t(2 * blocks * size + 2 * TILE * N));
     float *A2 = memory.get(), *state = A2 + blocks * size, *B = state + blocks * size, *C = B + TILE * N;
@@ -121,6 +228,8 @@ void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_
         const int64_t start = tile * TILE, tokens = std::min(TILE, p.length - start);
         read_rows(p.B, p, b, group, start, tokens, B);
         read_rows(p.C, p, b, group, start, tokens, C);
+        bool restart[TILE];
+        for (int64_t t = 0; t < tokens; ++t) restart[t] = restarts(p, b, start + t);
         for (int64_t k = 0; k < blocks; ++k) {
             const int64_t c = first + k * W;
             const int count = int(std::min<int64_t>(W, last - c));
@@ -128,36 +237,21 @@ void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_
             if (p.checkpoints)
                 std::memcpy(p.checkpoints + ((b * tiles + tile) * row_blocks + first_block + k) * size, mine,
                             sizeof(float) * size_t(size));
-            V bias = p.dt_bias ? load_part(p.dt_bias + c, count) : zero();
-            V D = p.D ? load_part(p.D + c, count) : zero();
-            V z_scale = p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f);
+            const V bias = p.dt_bias ? load_part(p.dt_bias + c, count) : zero();
+            const V D = p.D ? load_part(p.D + c, count) : zero();
+            const V z_scale = p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f);
             const bool wraps = k + 1 == blocks;  // what is read next: the next block, or the next tile's first
             const int64_t next = wraps ? first : c + W, next_start = wraps ? std::min(start + TILE, p.length - 1) : start;
             const int64_t next_tokens = std::min(TILE, p.length - next_start);
             for (const View* view : {&p.u, &p.dt, &p.z}) prefetch(*view, b, next_start, next_tokens, next);
-            V dt[TILE], u[TILE];
+            V dt[TILE], dtu[TILE], u[TILE], y[TILE];
             for (int64_t t = 0; t < tokens; ++t) {
                 u[t] = read(p.u, b, start + t, c, count);
                 dt[t] = step_size(p, read(p.dt, b, start + t, c, count), bias, nullptr);
+                dtu[t] = dt[t] * u[t];
+                y[t] = zero();
             }
-            V registers[NS ? NS : 1];
-            V* h = NS ? registers : reinterpret_cast<V*>(mine);
-            if (NS) {
-                MC_UNROLL(16)
-                for (int64_t n = 0; n < NS; ++n) h[n] = load(mine + n * W);
-            }
-            V y[TILE];
-            for (int64_t t = 0; t < tokens; ++t) {
-                if (restarts(p, b, start + t)) {
-                    MC_UNROLL(16)
-                    for (int64_t n = 0; n < N; ++n) h[n] = zero();
-                }
-                y[t] = advance<NS>(h, A2 + k * size, B + t * N, C + t * N, N, dt[t], dt[t] * u[t]);
-            }
-            if (NS) {
-                MC_UNROLL(16)
-                for (int64_t n = 0; n < NS; ++n) store(mine + n * W, h[n]);
-            }
+            for_states<FORWARD_STATES>(N, Advance{N, tokens, A2 + k * size, B, C, dt, dtu, restart, mine, y});
             for (int64_t t = 0; t < tokens; ++t) {
                 V out = p.D ? fma(D, u[t], y[t]) : y[t];
                 if (p.z.data) {
@@ -174,19 +268,51 @@ void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_
     }
 }
 
+// The states of all blocks of a tile walked back, G at a time, and their sums over channels added to the task's rows.
+struct RetreatBlocks {
+    const Scan& p;
+    Retreat walk;  // its pointers set to the first block
+    int64_t blocks, b, group, start;
+    Tile* tiles;
+    float *dB_part, *dC_part;
+
+    template <int G>
+    MC_INLINE void run(int64_t first) const {
+        const int64_t size = walk.N * W;
+        alignas(64) float dB[TILE * G * W], dC[TILE * G * W];
+        std::memset(dB, 0, sizeof dB);
+        std::memset(dC, 0, sizeof dC);
+        for (int64_t k = 0; k < blocks; ++k) {
+            Retreat block = walk;
+            block.A2 += k * size;
+            block.checkpoint += k * size;
+            block.dh += k * size;
+            block.dA += k * size;
+            block.tile = tiles + k;
+            block.dB = dB;
+            block.dC = dC;
+            block.template run<G>(first);
+        }
+        for (int64_t t = 0; t < walk.tokens; ++t) {
+            int64_t row = ((b * p.length + start + t) * p.groups + group) * walk.N + first;
+            for (int i = 0; i < G; ++i) {
+                dB_part[row + i] = lane_sum(load(dB + (t * G + i) * W));
+                dC_part[row + i] = lane_sum(load(dC + (t * G + i) * W));
+            }
+        }
+    }
+};
+
 // One task of the backward pass. dB_part, dC_part: [batch, length, groups, N] of this run of channels; dA_part [batch, channels,
 // N], dD_part and dbias_part [batch, channels].
-template <int NS>
 void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t group, int64_t first, int64_t last,
                    int64_t first_block, float* dB_part, float* dC_part, float* dA_part, float* dD_part, float* dbias_part) {
-    const int64_t N = NS ? NS : p.states, size = N * W, blocks = ceil_div(last - first, W);
+    const int64_t N = p.states, size = N * W, blocks = ceil_div(last - first, W);
     const int64_t tiles = ceil_div(p.length, TILE), row_blocks = p.groups * ceil_div(p.channels / p.groups, W);
-    Scratch<float> memory(size_t(3 * blocks * size + 2 * TILE * N + (4 * TILE + 1) * size + 2 * blocks * W));
+    Scratch<float> memory(size_t(3 * blocks * size + 2 * blocks * W + 2 * TILE * N));
+    Scratch<Tile> tile_memory{size_t(blocks)};
     float *A2 = memory.get(), *dh_all = A2 + blocks * size, *dA_all = dh_all + blocks * size;
-    float *h_all = dA_all + blocks * size, *a_all = h_all + (TILE + 1) * size;  // [token][n][W]
-    float *dB = a_all + TILE * size, *dC = dB + TILE * size;                    // [token][n][W], over the blocks of a tile
-    float *dD_all = dC + TILE * size, *dbias_all = dD_all + blocks * W;
-    float *B = dbias_all + blocks * W, *C = B + TILE * N;
+    float *dD_all = dA_all + blocks * size, *dbias_all = dD_all + blocks * W, *B = dbias_all + blocks * W, *C = B + TILE * N;
     for (int64_t k = 0; k < blocks; ++k) {
         int64_t c = first + k * W;
         int count = int(std::min<int64_t>(W, last - c));
@@ -196,107 +322,58 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
         else
             std::memset(dh_all + k * size, 0, sizeof(float) * size_t(size));
     }
-    std::memset(dA_all, 0, sizeof(float) * size_t(blocks * size));
-    std::memset(dD_all, 0, sizeof(float) * size_t(2 * blocks * W));
+    std::memset(dA_all, 0, sizeof(float) * size_t(blocks * (size + 2 * W)));
     for (int64_t tile = tiles - 1; tile >= 0; --tile) {
         const int64_t start = tile * TILE, tokens = std::min(TILE, p.length - start);
         read_rows(p.B, p, b, group, start, tokens, B);
         read_rows(p.C, p, b, group, start, tokens, C);
-        std::memset(dB, 0, sizeof(float) * size_t(2 * TILE * size));
+        bool restart[TILE];
+        for (int64_t t = 0; t < tokens; ++t) restart[t] = restarts(p, b, start + t);
         for (int64_t k = 0; k < blocks; ++k) {
             const int64_t c = first + k * W;
             const int count = int(std::min<int64_t>(W, last - c));
-            const float* A2_k = A2 + k * size;
-            V bias = p.dt_bias ? load_part(p.dt_bias + c, count) : zero();
-            V D = p.D ? load_part(p.D + c, count) : zero();
-            V z_scale = p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f);
-            const bool wraps = k + 1 == blocks;
-            const int64_t next = wraps ? first : c + W, next_start = wraps ? std::max<int64_t>(start - TILE, 0) : start;
-            const int64_t next_tokens = std::min(TILE, p.length - next_start);
-            for (const View* view : {&p.u, &p.dt, &p.z, &g.dy}) prefetch(*view, b, next_start, next_tokens, next);
-            V dt[TILE], u[TILE], slope[TILE], y[TILE];
+            const V bias = p.dt_bias ? load_part(p.dt_bias + c, count) : zero();
+            const V z_scale = p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f);
+            Tile& at = tile_memory[size_t(k)];
+            V dD = load(dD_all + k * W);
             for (int64_t t = 0; t < tokens; ++t) {
-                u[t] = read(p.u, b, start + t, c, count);
-                dt[t] = step_size(p, read(p.dt, b, start + t, c, count), bias, &slope[t]);
-            }
-            // The states and decays of the tile again, from its checkpoint.
-            std::memcpy(h_all, p.checkpoints + ((b * tiles + tile) * row_blocks + first_block + k) * size,
-                        sizeof(float) * size_t(size));
-            for (int64_t t = 0; t < tokens; ++t) {
-                const bool restart = restarts(p, b, start + t);
-                const float* before = h_all + t * size;
-                float *after = h_all + (t + 1) * size, *decay = a_all + t * size;
-                const V dtu = dt[t] * u[t];
-                V even = zero(), odd = zero();
-                MC_UNROLL(16)
-                for (int64_t n = 0; n < N; ++n) {
-                    V a = restart ? zero() : exp2_finite(dt[t] * load(A2_k + n * W));
-                    V fresh = dtu * set1(B[t * N + n]);
-                    V h = restart ? fresh : fma(load(before + n * W), a, fresh);
-                    store(decay + n * W, a);
-                    store(after + n * W, h);
-                    if (n & 1)
-                        odd = fma(h, set1(C[t * N + n]), odd);
-                    else
-                        even = fma(h, set1(C[t * N + n]), even);
-                }
-                y[t] = p.D ? fma(D, u[t], even + odd) : even + odd;
-            }
-            float* dh_k = dh_all + k * size;
-            float* dA_k = dA_all + k * size;
-            V dD = load(dD_all + k * W), dbias = load(dbias_all + k * W);
-            V registers[NS ? NS : 1];
-            V* dh = NS ? registers : reinterpret_cast<V*>(dh_k);
-            if (NS) {
-                MC_UNROLL(16)
-                for (int64_t n = 0; n < NS; ++n) dh[n] = load(dh_k + n * W);
-            }
-            for (int64_t t = tokens - 1; t >= 0; --t) {
-                V gy = read(g.dy, b, start + t, c, count);
+                at.u[t] = read(p.u, b, start + t, c, count);
+                at.dt[t] = step_size(p, read(p.dt, b, start + t, c, count), bias, &at.slope[t]);
+                at.dtu[t] = at.dt[t] * at.u[t];
+                at.gy[t] = read(g.dy, b, start + t, c, count);
                 if (p.z.data) {
                     V z = read(p.z, b, start + t, c, count);
-                    V s = sigmoid(z_scale * z);
-                    if (g.dz.data) {  // d(z s)/dz = s (1 + z_scale z (1 - s))
-                        V rise = s * fma(z_scale * z, set1(1.0f) - s, set1(1.0f));
-                        write(g.dz, b, start + t, c, count, gy * y[t] * rise);
-                    }
-                    gy = gy * (z * s);
+                    at.gy[t] = at.gy[t] * (z * sigmoid(z_scale * z));
                 }
-                const float *before = h_all + t * size, *after = before + size, *decay = a_all + t * size;
-                float *dB_t = dB + t * size, *dC_t = dC + t * size;
-                const V dtu = dt[t] * u[t];
-                V gB = zero(), gA = zero();
-                MC_UNROLL(16)
-                for (int64_t n = 0; n < N; ++n) {
-                    V grad = fma(gy, set1(C[t * N + n]), dh[n]);
-                    store(dC_t + n * W, fma(gy, load(after + n * W), load(dC_t + n * W)));
-                    store(dB_t + n * W, fma(grad, dtu, load(dB_t + n * W)));
-                    gB = fma(grad, set1(B[t * N + n]), gB);
-                    V back = grad * load(decay + n * W);
-                    V through = back * load(before + n * W);
-                    gA = fma(through, load(A2_k + n * W), gA);
-                    store(dA_k + n * W, fma(through, dt[t], load(dA_k + n * W)));
-                    dh[n] = back;
+                dD = fma(at.gy[t], at.u[t], dD);
+                at.y[t] = at.gB[t] = at.gA[t] = zero();
+            }
+            store(dD_all + k * W, dD);
+        }
+        const float* checkpoint = p.checkpoints + ((b * tiles + tile) * row_blocks + first_block) * size;
+        Retreat walk{N, tokens, A2, B, C, checkpoint, restart, nullptr, dh_all, dA_all, nullptr, nullptr, g.dz.data != nullptr};
+        for_states<BACKWARD_STATES>(
+            N, RetreatBlocks{p, walk, blocks, b, group, start, tile_memory.get(), dB_part, dC_part});
+        for (int64_t k = 0; k < blocks; ++k) {
+            const int64_t c = first + k * W;
+            const int count = int(std::min<int64_t>(W, last - c));
+            const V D = p.D ? load_part(p.D + c, count) : zero();
+            const V z_scale = p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f);
+            const Tile& at = tile_memory[size_t(k)];
+            V dbias = load(dbias_all + k * W);
+            for (int64_t t = tokens - 1; t >= 0; --t) {
+                if (g.dz.data) {  // d(z s)/dz = s (1 + z_scale z (1 - s))
+                    V z = read(p.z, b, start + t, c, count), s = sigmoid(z_scale * z);
+                    V rise = s * fma(z_scale * z, set1(1.0f) - s, set1(1.0f));
+                    V y = p.D ? fma(D, at.u[t], at.y[t]) : at.y[t];
+                    write(g.dz, b, start + t, c, count, read(g.dy, b, start + t, c, count) * y * rise);
                 }
-                dD = fma(gy, u[t], dD);
-                if (g.du.data) write(g.du, b, start + t, c, count, fma(gB, dt[t], gy * D));
-                V draw = fma(gB, u[t], gA * set1(LN2)) * slope[t];
+                if (g.du.data) write(g.du, b, start + t, c, count, fma(at.gB[t], at.dt[t], at.gy[t] * D));
+                V draw = fma(at.gB[t], at.u[t], at.gA[t] * set1(LN2)) * at.slope[t];
                 dbias = dbias + draw;
                 if (g.ddt.data) write(g.ddt, b, start + t, c, count, draw);
             }
-            if (NS) {
-                MC_UNROLL(16)
-                for (int64_t n = 0; n < NS; ++n) store(dh_k + n * W, dh[n]);
-            }
-            store(dD_all + k * W, dD);
             store(dbias_all + k * W, dbias);
-        }
-        for (int64_t t = 0; t < tokens; ++t) {
-            int64_t row = ((b * p.length + start + t) * p.groups + group) * N;
-            for (int64_t n = 0; n < N; ++n) {
-                dB_part[row + n] = lane_sum(load(dB + t * size + n * W));
-                dC_part[row + n] = lane_sum(load(dC + t * size + n * W));
-            }
         }
     }
     for (int64_t k = 0; k < blocks; ++k) {
@@ -324,13 +401,9 @@ void for_each_task(const Scan& p, int64_t channels_a_task, Run run) {
 }
 
 void scan_forward(const Scan& p) {
-    for_each_task(p, FORWARD_RUN,
-                  [&](int64_t b, int64_t group, int64_t, int64_t first, int64_t last, int64_t block) {
-                      if (p.states == 16)
-                          forward_task<16>(p, b, group, first, last, block);
-                      else
-                          forward_task<0>(p, b, group, first, last, block);
-                  });
+    for_each_task(p, FORWARD_RUN, [&](int64_t b, int64_t group, int64_t, int64_t first, int64_t last, int64_t block) {
+        forward_task(p, b, group, first, last, block);
+    });
 }
 
 void scan_backward(const Scan& p, const ScanGradient& g) {
@@ -341,9 +414,8 @@ void scan_backward(const Scan& p, const ScanGradient& g) {
     float *dA_part = wide_part.get(), *dD_part = dA_part + wide * p.states, *dbias_part = dD_part + wide;
     for_each_task(p, BACKWARD_RUN,
                   [&](int64_t b, int64_t group, int64_t part, int64_t first, int64_t last, int64_t block) {
-                      auto task = p.states == 16 ? backward_task<16> : backward_task<0>;
-                      task(p, g, b, group, first, last, block, dB_part + part * rows, dC_part + part * rows, dA_part,
-                           dD_part, dbias_part);
+                      backward_task(p, g, b, group, first, last, block, dB_part + part * rows, dC_part + part * rows, dA_part,
+                                    dD_part, dbias_part);
                   });
     const int64_t width = p.groups * p.states;
     for (int64_t b = 0; b < p.batch; ++b)
