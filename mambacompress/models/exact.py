@@ -1,8 +1,8 @@
 """fp64 all the way: a mode in which the casts to fp32 inside stock modules are left out.
 
-Stock mixers, norms and residuals round to fp32 in a dozen places even when their weights are fp64, so that two formulas can
-only be compared to 1e-7. Inside ``KeepDouble`` a cast of an fp64 tensor to fp32 returns the tensor itself; what is compared
-is then the formula. It acts on the calling thread, for the length of a ``with``, and patches nothing.
+Stock mixers, norms and residuals round to fp32 in a dozen places even when their weights are fp64, so that two formulas
+can only be compared to 1e-7. Inside ``KeepDouble`` a cast of an fp64 tensor to fp32 returns the tensor itself; what is
+compared is then the formula. It acts on the calling thread, for the length of a ``with``, and patches nothing.
 """
 
 from __future__ import annotations

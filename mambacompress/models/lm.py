@@ -1,15 +1,15 @@
 """The lean loop: an adopted language model as embedding, blocks, final norm and head, and generation with it.
 
-A host's own ``forward`` and ``generate`` carry caches, masks and output classes that cost more per token than a small Mamba
-itself. Here a prefill or a step is the blocks and nothing else; a state is one small record a block, so that it can be kept,
-copied and continued from. What is computed is the host's function: the residual in fp32 where its configuration says so, the
-very norm and head modules that a pass may have replaced.
+A host's own ``forward`` and ``generate`` carry caches, masks and output classes that cost more per token than a small
+Mamba itself. Here a prefill or a step is the blocks and nothing else; a state is one small record a block, so that it
+can be kept, copied and continued from. What is computed is the host's function: the residual in fp32 where its
+configuration says so, the very norm and head modules that a pass may have replaced.
 
     LanguageModel.prefill(ids) -> logits, states        LanguageModel.step(ids, states) -> logits, states
     stream(model, ids, n) -> one tensor of ids a step    generate(model, ids, n) -> ids
 
-Prefill and step are the same code. Sampling draws one uniform number a row and step from a seeded generator and inverts the
-cumulative distribution, so that a seed fixes the text. Legend: B batch, L tokens, D d_model, V vocabulary.
+Prefill and step are the same code. Sampling draws one uniform number a row and step from a seeded generator and inverts
+the cumulative distribution, so that a seed fixes the text. Legend: B batch, L tokens, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mambacompress.models.mixers import MixerState
 from mambacompress.models.modelmap import Block, ModelMap
 
 States = list[MixerState]
+Sampler = Callable[[Tensor], Tensor]
 
 
 class LanguageModel:
@@ -42,7 +43,8 @@ class LanguageModel:
             return model
         layers = getattr(getattr(model, "backbone", None), "layers", ())
         if not layers or not isinstance(layers[0].mixer, Hosted):
-            raise UserError(f"this {type(model).__name__} does not run on our mixers", "load it with mambacompress.load")
+            raise UserError(f"this {type(model).__name__} does not run on our mixers",
+                            "load it with mambacompress.load")
         return cls(adopt(model, prove=False))
 
     @property
@@ -58,7 +60,8 @@ class LanguageModel:
         """Read tokens, from ``states`` where given.
 
         ids: int64 [B, L]. attention_mask: [B, L], 0 at left padding. seq_idx: [B, L] integers; a change starts a new
-        sequence (packed batches). Returns the logits, fp32 [B, L, V] ([B, 1, V] where ``last_only``), and a state a block.
+        sequence (packed batches). Returns the logits, fp32 [B, L, V] ([B, 1, V] where ``last_only``), and a state a
+        block.
         """
         h_BLD = self.model_map.embedding.module(ids_BL)
         new_states: States = []
@@ -74,15 +77,15 @@ class LanguageModel:
 
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Final norm and head on the residual [B, L, D]: fp32 (fp64 for an fp64 model)."""
-        head = self.model_map.head.module
+        head = self.model_map.head
         x_BLD = self.model_map.final_norm(h_BLD)
-        logits_BLV = head(x_BLD.to(head.weight.dtype))
+        logits_BLV = head.module(x_BLD.to(head.weight.dtype))
         return logits_BLV if logits_BLV.dtype == torch.float64 else logits_BLV.float()
 
     @staticmethod
     def _block(block: Block, h_BLD: Tensor, state: MixerState | None, mask: Tensor | None,
                seq_idx: Tensor | None) -> tuple[Tensor, MixerState]:
-        x_BLD = block.norm(h_BLD.to(block.norm.weight.dtype))
+        x_BLD = block.norm(h_BLD.to(block.norm.weight.dtype))  # type: ignore[arg-type]
         if block.module.residual_in_fp32 and h_BLD.dtype != torch.float64:
             h_BLD = h_BLD.float()
         y_BLD, new_state = block.mixer.mix(x_BLD, state, mask, seq_idx)
@@ -96,11 +99,11 @@ def stream(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature: f
            seed: int | None = 0, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
     """Continue every row of ``input_ids``, one step at a time; yields the new ids, int64 [B], as they are made.
 
-    model: a LanguageModel or an adopted host. input_ids: int64 [B, L], L at least 1; attention_mask: [B, L], 0 at padding,
-    which must lie on the left. temperature 0 is greedy; otherwise logits / temperature, cut to the ``top_k`` largest and then
-    to the smallest set that holds ``top_p`` of the probability. A row that made one of ``eos_token_id`` (the model's own
-    where None) gives ``pad_token_id`` (the first eos where None) from then on; the stream ends when all rows have. seed: of
-    the draws; None for a new one each time.
+    model: a LanguageModel or an adopted host. input_ids: int64 [B, L], L at least 1; attention_mask: [B, L], 0 at
+    padding, which must lie on the left. temperature 0 is greedy; otherwise logits / temperature, cut to the ``top_k``
+    largest and then to the smallest set that holds ``top_p`` of the probability. A row that made one of
+    ``eos_token_id`` (the model's own where None) gives ``pad_token_id`` (the first eos where None) from then on; the
+    stream ends when all rows have. seed: of the draws; None for a new one each time.
 
     Raises UserError for arguments that cannot work, before the first step.
     """
@@ -112,8 +115,8 @@ def stream(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature: f
 
 
 def generate(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int | None = None,
-             top_p: float | None = None, eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
-             seed: int | None = 0, attention_mask: Tensor | None = None,
+             top_p: float | None = None, eos_token_id: int | Sequence[int] | None = None,
+             pad_token_id: int | None = None, seed: int | None = 0, attention_mask: Tensor | None = None,
              on_token: Callable[[Tensor], None] | None = None) -> Tensor:
     """``stream`` gathered: the prompts with what follows them, int64 [B, L + new], new at most ``max_new_tokens``.
 
@@ -128,7 +131,7 @@ def generate(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature:
     return torch.cat([input_ids, torch.stack(made, 1).to(input_ids.device)], 1) if made else input_ids
 
 
-def _steps(lm: LanguageModel, input_ids: Tensor, count: int, sample: Callable[[Tensor], Tensor], ends: list[int], pad: int,
+def _steps(lm: LanguageModel, input_ids: Tensor, count: int, sample: Sampler, ends: list[int], pad: int,
            attention_mask: Tensor | None) -> Iterator[Tensor]:
     ids_BL = input_ids.to(lm.device)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(lm.device)
@@ -150,7 +153,7 @@ def _steps(lm: LanguageModel, input_ids: Tensor, count: int, sample: Callable[[T
             return
 
 
-def _sampler(temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> Callable[[Tensor], Tensor]:
+def _sampler(temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> Sampler:
     """logits [B, V] -> ids [B]."""
     if temperature == 0:
         return lambda logits_BV: logits_BV.argmax(-1)
@@ -192,9 +195,11 @@ def _end_ids(lm: LanguageModel, asked: int | Sequence[int] | None) -> list[int]:
 def _check(lm: LanguageModel, ids: Tensor, count: int, temperature: float, top_k: int | None, top_p: float | None,
            mask: Tensor | None) -> None:
     if ids.dim() != 2 or ids.shape[1] == 0 or ids.dtype != torch.int64:
-        raise UserError(f"the prompt is {ids.dtype} of shape {list(ids.shape)}", "give int64 token ids [B, L], L at least 1")
+        raise UserError(f"the prompt is {ids.dtype} of shape {list(ids.shape)}",
+                        "give int64 token ids [B, L], L at least 1")
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < lm.vocabulary:
-        raise UserError(f"the prompt holds token ids outside the vocabulary of {lm.vocabulary}", "use the model's own tokenizer")
+        raise UserError(f"the prompt holds token ids outside the vocabulary of {lm.vocabulary}",
+                        "use the model's own tokenizer")
     if count < 0:
         raise UserError(f"max_new_tokens is {count}", "ask for 0 or more")
     if temperature < 0:
@@ -205,9 +210,11 @@ def _check(lm: LanguageModel, ids: Tensor, count: int, temperature: float, top_k
         raise UserError(f"top_p is {top_p}", "give more than 0 and at most 1, or leave it out")
     if mask is not None:
         if mask.shape != ids.shape:
-            raise UserError(f"the attention mask has shape {list(mask.shape)}, the prompt {list(ids.shape)}", "give one a token")
+            raise UserError(f"the attention mask has shape {list(mask.shape)}, the prompt {list(ids.shape)}",
+                            "give one number a token")
         if bool((mask[:, 1:] < mask[:, :-1]).any()) or not bool(mask[:, -1].all()):
-            raise UserError("the prompts are padded on the right", "pad them on the left: tokenizer.padding_side = 'left'")
+            raise UserError("the prompts are padded on the right",
+                            "pad them on the left: tokenizer.padding_side = 'left'")
 
 
 __all__ = ["LanguageModel", "States", "generate", "stream"]

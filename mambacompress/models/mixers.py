@@ -1,15 +1,15 @@
 """The two mixers every Mamba is made of: S6Mixer (Mamba-1 and its vision relatives) and SSDMixer (Mamba-2).
 
 Stock mixers read their weights raw inside fused kernels, so a hook or a swapped Linear silently misses them. Here the
-forward is *unfused*: every projection is a module call and every recurrence a kernel op, so whatever a pass puts in place
-of a module is what runs. A mixer is composed of the parts in ``paths``, not branched:
+forward is *unfused*: every projection is a module call and every recurrence a kernel op, so whatever a pass puts in
+place of a module is what runs. A mixer is composed of the parts in ``paths``, not branched:
 
     S6Mixer  = in_proj -> (conv) -> for each Path: order -> x_proj, dt_proj -> scan -> inverse order
                -> Merge -> (norm) -> (Gate) -> out_proj
     SSDMixer = in_proj -> conv over [x, B, C] -> SSD scan -> gated group norm -> out_proj
 
-and a family differs only in configuration. Prefill from any state and a single decode step are the same code. ``tap`` lets
-calibration see the named quantities as they pass (in_proj z conv u x_proj dt_proj dt B C y out_proj).
+and a family differs only in configuration. Prefill from any state and a single decode step are the same code. ``tap``
+lets calibration see the named quantities as they pass (in_proj z conv u x_proj dt_proj dt B C y out_proj).
 
 Sources: Mamba (arXiv 2312.00752, Alg. 2), Mamba-2 (arXiv 2405.21060, Fig. 6).
 
@@ -109,9 +109,13 @@ class S6Mixer(Mixer):
         self.gate = gate
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias if out_bias is None else out_bias)
 
+    def scans(self) -> list[Path]:
+        """The paths, typed."""
+        return [path for path in self.paths if isinstance(path, Path)]
+
     @property
     def causal(self) -> bool:
-        path = self.paths[0]
+        path = self.scans()[0]
         return (len(self.paths) == 1 and path.order.is_identity and path.window is None and path.conv is None
                 and self.conv is not None and self.conv.kind == "causal")
 
@@ -120,7 +124,7 @@ class S6Mixer(Mixer):
         if not self.causal or self.conv is None:
             raise ValueError("this mixer reads tokens on both sides: it has no state and cannot decode step by step")
         ssm_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        d_state = self.paths[0].A_log.shape[1]
+        d_state = self.scans()[0].A_log.shape[1]
         return MixerState(torch.zeros(batch, self.conv.width - 1, self.d_inner, dtype=dtype, device=device),
                           torch.zeros(batch, self.d_inner, d_state, dtype=ssm_dtype, device=device))
 
@@ -149,12 +153,13 @@ class S6Mixer(Mixer):
             u_BLE, conv_state = self.conv(x_BLE, None if state is None else state.conv, seq_idx=seq_idx, grid=grid)
             u_BLE = apply_mask(u_BLE, attention_mask)
 
-        fused = self.gate is not None and len(self.paths) == 1 and self.norm is None and self.paths[0].order.is_identity
+        paths = self.scans()
+        fused = self.gate is not None and self.norm is None and len(paths) == 1 and paths[0].order.is_identity
         z_in_scan, z_scale = (z_BLE, self.gate.scale) if fused and self.gate is not None else (None, None)
         outputs: list[Tensor] = []
         shared: dict[int, Projected] = {}
         final = None
-        for path in self.paths:
+        for path in paths:
             y_BLE, final = path(u_BLE, z_in_scan, z_scale, tap=self._tap, state=None if state is None else state.ssm,
                                 attention_mask=attention_mask, seq_idx=seq_idx, grid=grid, shared=shared)
             outputs.append(y_BLE)
@@ -163,8 +168,9 @@ class S6Mixer(Mixer):
             y_BLE = self.norm(y_BLE)
         if self.gate is not None and not fused:
             y_BLE = self.gate(y_BLE, z_BLE)
-        new_state = MixerState(conv_state, final) if self.causal and conv_state is not None and final is not None else None
-        return self._project_out(y_BLE), new_state
+        if not self.causal or conv_state is None or final is None:
+            return self._project_out(y_BLE), None
+        return self._project_out(y_BLE), MixerState(conv_state, final)
 
 
 class SSDMixer(Mixer):
@@ -232,6 +238,6 @@ def build(spec: dict[str, Any]) -> nn.Module:
 
 
 __all__ = [
-    "DepthwiseConv", "Gate", "Mixer", "MixerState", "Path", "S6Mixer", "SSDMixer", "ScanQuantizer", "SelectiveProjection", "Tap",
-    "WeightlessNorm", "apply_mask", "build", "negative_exp",
+    "DepthwiseConv", "Gate", "Mixer", "MixerState", "Path", "S6Mixer", "SSDMixer", "ScanQuantizer",
+    "SelectiveProjection", "Tap", "WeightlessNorm", "apply_mask", "build", "negative_exp",
 ]

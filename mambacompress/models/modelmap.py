@@ -2,11 +2,11 @@
 
 A *stream* is a channel space: the residual, the gated scan output, dt's low-rank space. A *site* is one quantity (x, z,
 dt_low, B, C, ...) in the parameter it lives in: which rows, which stream it reads along its input channels and which it
-writes along its output channels. "Rotate stream S" is then "for every site that reads or writes S", and "smooth S" is "its
-producers and its consumers". One tensor that holds several quantities (in_proj, x_proj) has one site each; a recipe names
-the tensor, a pass the quantity.
+writes along its output channels. "Rotate stream S" is then "for every site that reads or writes S", and "smooth S" is
+"its producers and its consumers". One tensor that holds several quantities (in_proj, x_proj) has one site each; a
+recipe names the tensor, a pass the quantity.
 
-Everything here works on meta tensors: shapes are known before any weight is read, which is what makes a dry run possible.
+Everything here works on meta tensors: shapes are known before any weight is read, which makes a dry run possible.
 
 Legend: weights W [out, in], y = x Wᵀ. Rotating the stream by R (x ← x R): readers W ← W R, writers W ← Rᵀ W.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,10 @@ class Site:
     """One quantity in the parameter it lives in.
 
     quantity: x z dt_low dt B C y conv embed head. tensor: the recipe's name of the parameter (in_proj, x_proj, dt_proj,
-    out_proj, conv, embedding, head). path: dotted path of the weight's owner below ``root``, looked up at each use, so that
-    a site stays right when a pass replaces the module. rows: the rows of the weight that hold the quantity. reads / writes:
-    stream names, or None. layout: ``linear`` [out, in]; ``embedding`` [V, D] (writes along columns); ``depthwise`` [E, K] (reads and writes E).
+    out_proj, conv, embedding, head). path: dotted path of the weight's owner below ``root``, looked up at each use, so
+    that a site stays right when a pass replaces the module. rows: the rows of the weight that hold the quantity. reads
+    / writes: stream names, or None. layout: ``linear`` [out, in]; ``embedding`` [V, D] (writes along columns);
+    ``depthwise`` [E, K] (reads and writes E).
     """
 
     quantity: str
@@ -117,8 +119,8 @@ class Site:
 class Block:
     """One residual block of the host: h + mixer(norm(h)).
 
-    path: dotted path in the host. module: the host's block, called as module(hidden_BLD) in calibration; site paths count
-    from it. rounded: weights a rounding pass (GPTQ) has already chosen, path -> (codes, scales), for the packer.
+    path: dotted path in the host. module: the host's block, called as module(hidden_BLD) in calibration; site paths
+    count from it. rounded: weights a rounding pass (GPTQ) has already chosen, path -> (codes, scales), for the packer.
     """
 
     index: int
@@ -131,7 +133,10 @@ class Block:
     @classmethod
     def of(cls, index: int, path: str, module: nn.Module) -> Block:
         """The block of a host module that holds ``norm`` and ``mixer``."""
-        sites, streams = mixer_sites(module.mixer, module, "mixer")
+        mixer = module.get_submodule("mixer")
+        if not isinstance(mixer, Mixer):
+            raise TypeError(f"{path} holds a stock {type(mixer).__name__}: adopt the host first")
+        sites, streams = mixer_sites(mixer, module, "mixer")
         return cls(index, path, module, sites, streams)
 
     @property
@@ -176,11 +181,11 @@ class Block:
 class ModelMap:
     """The host as passes see it.
 
-    embedding, head: sites of the residual; tied: they share one weight. left_alone: full path of every parameter that no site
-    holds -> why no pass edits it as a matrix.
+    embedding, head: sites of the residual; tied: they share one weight. left_alone: full path of every parameter that
+    no site holds -> why no pass edits it as a matrix.
     """
 
-    host: nn.Module
+    host: Any
     family: str
     blocks: list[Block]
     embedding: Site
@@ -247,7 +252,7 @@ def s6_sites(mixer: S6Mixer, root: nn.Module, path: str) -> tuple[list[Site], di
         sites.append(Site("conv", "conv", root, f"{path}.conv", reads="x", writes="u", layout="depthwise"))
     seen: set[int] = set()
     normed = norm_after_scan = None
-    for i, scan_path in enumerate(mixer.paths):
+    for i, scan_path in enumerate(mixer.scans()):
         if scan_path.conv is not None:
             sites.append(Site("conv", "conv", root, f"{path}.paths.{i}.conv", reads="x", writes="u",
                               layout="depthwise"))
@@ -267,7 +272,7 @@ def s6_sites(mixer: S6Mixer, root: nn.Module, path: str) -> tuple[list[Site], di
     dt_refuses = {} if normed is None else {"scale": "dt, B and C pass a weightless norm that would undo the scale"}
     state_refuses = dt_refuses | {
         "rotate": "A differs over the states of a channel: only a scale per state keeps the function"}
-    projection = mixer.paths[0].projection
+    projection = mixer.scans()[0].projection
     span = projection.groups * projection.d_state
     nonlinear = "it passes an elementwise nonlinearity"
     streams = {
@@ -299,7 +304,8 @@ def ssd_sites(mixer: SSDMixer, root: nn.Module, path: str) -> tuple[list[Site], 
         "z": Stream("z", E, {"rotate": f"{nonlinear}: the gate", "scale": "a norm follows the gate"}),
         "u": Stream("u", E + 2 * S, {"rotate": "the convolution is elementwise in its channels",
                                      "scale": "a norm follows the scan, and B and C leave the same convolution"}),
-        "y": Stream("y", E, {"rotate": "the gate and the norm before it are elementwise: only an online rotation is exact"}),
+        "y": Stream("y", E, {
+            "rotate": "the gate and the norm before it are elementwise: only an online rotation is exact"}),
         "dt": Stream("dt", H, {"rotate": f"{nonlinear}: the softplus", "scale": f"{nonlinear}: the softplus"}),
     }
     return sites, streams

@@ -2,8 +2,8 @@
 
 A selective scan is one-dimensional, an image is not, and a bi-directional text model reads twice. Every such family is
 "the same scan over another *order* of the tokens", so an order is data: a permutation of the L positions of a grid, its
-inverse, and a name from the field (identity, flip, cross, serpentine). A merge rule says how the scans of several orders
-become one sequence again. Names follow the visual-Mamba surveys; VMamba's cross-scan is ``CROSS`` (four orders).
+inverse, and a name from the field (identity, flip, cross, serpentine). A merge rule says how the scans of several
+orders become one sequence again. Names follow the visual-Mamba surveys; VMamba's cross-scan is ``CROSS`` (four orders).
 
 Legend: L tokens, H x W grid (row-major "raster" order), perm[i] = the raster position read at step i.
 """

@@ -2,12 +2,13 @@
 
     Path = order -> (own conv) -> x_proj, dt_proj -> selective scan -> inverse order
 
-A part is a module of its own wherever a pass may replace it, scale it or watch it. Three places tolerate per-channel scales
-that keep the function (smoothing S2, S3: x * sigmoid(s * x)), and a few hold an optional online rotation or quantizer; all
-default to None and cost nothing then. A path never branches on a family's name: a family is a configuration.
+A part is a module of its own wherever a pass may replace it, scale it or watch it. Two activations tolerate per-channel
+scales that keep the function (smoothing S2, S3: x * sigmoid(s * x)), and a few places hold an optional online rotation
+or quantizer; all default to None and cost nothing then. A path never branches on a family's name: a family is a
+configuration.
 
-Sources: Mamba (arXiv 2312.00752, Alg. 2); Vim (2401.09417): a convolution a path; PlainMamba (2403.17695): one projection for
-all orders and a learned direction; LBMamba (2506.15976): the local backward window.
+Sources: Mamba (arXiv 2312.00752, Alg. 2); Vim (2401.09417): a convolution a path; PlainMamba (2403.17695): one
+projection for all orders and a learned direction; LBMamba (2506.15976): the local backward window.
 
 Legend: B batch, L tokens, E d_inner, N d_state, R dt_rank, K conv width, G groups, S = G * N.
 """
@@ -81,7 +82,7 @@ class DepthwiseConv(nn.Module):
             return causal_conv1d(x_BLE, self.weight, self.bias, activation=self.activation, act_scale_E=self.act_scale,
                                  initial_state=state, seq_idx_BL=seq_idx)
         if state is not None or seq_idx is not None:
-            raise ValueError(f"a {self.kind} convolution sees the future: it has no state and takes no packed sequences")
+            raise ValueError(f"a {self.kind} convolution sees the future: it has no state and packs no sequences")
         x_BEL = x_BLE.transpose(1, 2)
         if self.kind == "same":
             y_BEL = F.conv1d(x_BEL, self.weight[:, None], self.bias, padding="same", groups=self.channels)
@@ -123,7 +124,7 @@ class WeightlessNorm(nn.Module):
 
 
 class ScanQuantizer(nn.Module):
-    """Static int8 inputs for the scan: u, dt (before the bias and softplus), z with a scale a channel, B and C one a state.
+    """Static int8 inputs for the scan: u, dt (before bias, softplus) and z have a scale a channel, B and C one a state.
 
     ``quantize(name, x)`` gives the int8 tensor, ``scales()`` what the kernel multiplies back in registers.
     """
@@ -155,7 +156,8 @@ class SelectiveProjection(nn.Module):
     inside the scan). Optional weightless norms on each (FalconMamba); ``x_rotation`` is the online rotation R6.
     """
 
-    def __init__(self, d_inner: int, d_state: int, dt_rank: int, *, groups: int = 1, norm_eps: float | None = None) -> None:
+    def __init__(self, d_inner: int, d_state: int, dt_rank: int, *, groups: int = 1,
+                 norm_eps: float | None = None) -> None:
         super().__init__()
         self.d_state, self.dt_rank, self.groups = d_state, dt_rank, groups
         self.x_proj: nn.Module = nn.Linear(d_inner, dt_rank + 2 * groups * d_state, bias=False)
@@ -183,11 +185,12 @@ class SelectiveProjection(nn.Module):
 class Path(nn.Module):
     """One scan over the tokens in one order.
 
-    conv: the path's own causal convolution (Vim), or None where the mixer has one for all. projection, A_log [E, N], D [E],
-    dt_bias [E]: the path's own, or shared between paths (PlainMamba). permutes: ``all`` reads u in the path's order and
-    derives dt, B, C from it; ``u`` permutes u alone, so that step t of the scan pairs the t-th token *of the order* with dt, B
-    and C of the t-th token *of the raster* (as PlainMamba's published code does). direction_B: [5, N], added to B by the
-    direction of the step that leads to the token (``Order.directions``). window: K of the locally bi-directional scan, or None.
+    conv: the path's own causal convolution (Vim), or None where the mixer has one for all. projection, A_log [E, N], D
+    [E], dt_bias [E]: the path's own, or shared between paths (PlainMamba). permutes: ``all`` reads u in the path's
+    order and derives dt, B, C from it; ``u`` permutes u alone, so that step t of the scan pairs the t-th token *of the
+    order* with dt, B and C of the t-th token *of the raster* (as PlainMamba's published code does). direction_B: [5,
+    N], added to B by the direction of the step that leads to the token (``Order.directions``). window: K of the locally
+    bi-directional scan, or None.
     """
 
     def __init__(self, d_inner: int, d_state: int, projection: SelectiveProjection, *, order: Order = IDENTITY,
@@ -198,7 +201,7 @@ class Path(nn.Module):
         if permutes not in ("all", "u"):
             raise ValueError(f"a path permutes 'all' or 'u', not {permutes!r}")
         if permutes == "u" and conv is not None:
-            raise ValueError("a path that permutes u alone has no convolution of its own: dt, B and C come before the order")
+            raise ValueError("a path that permutes u alone has no convolution of its own: dt, B, C precede its order")
         self.order, self.permutes, self.window = order, permutes, window
         self.projection = projection
         self.conv = conv
@@ -209,12 +212,13 @@ class Path(nn.Module):
         self.direction_B = direction_B
         self.scan_quantizer: ScanQuantizer | None = None
 
-    def forward(self, u_BLE: Tensor, z_BLE: Tensor | None, z_scale: Tensor | None, *, tap: Tap, state: Tensor | None = None,
-                attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, grid: tuple[int, int] | None = None,
+    def forward(self, u_BLE: Tensor, z_BLE: Tensor | None, z_scale: Tensor | None, *, tap: Tap,
+                state: Tensor | None = None, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None,
+                grid: tuple[int, int] | None = None,
                 shared: dict[int, Projected] | None = None) -> tuple[Tensor, Tensor]:
         """The scan of u [B, L, E] (raster order), gated where ``z_BLE`` is given.
 
-        shared: what paths in front of this one projected, so that a projection of raster tokens runs once for all of them.
+        shared: what paths in front of this one projected, so that a projection of raster tokens runs once for all.
         Returns the output, back in raster order, and the final state [B, E, N].
         """
         if seq_idx is not None:

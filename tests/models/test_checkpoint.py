@@ -1,4 +1,4 @@
-"""Opening models: transformers and mamba_ssm directories give the same tensors, and whatever is wrong is said in one sentence."""
+"""Opening models: transformers and mamba_ssm directories give the same tensors; what is wrong is one sentence."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def write_mamba_ssm(directory: Path, host: Any, *, file: str = "pytorch_model.bi
     config = host.config
     ssm: dict[str, Any] = {"d_state": config.state_size, "d_conv": config.conv_kernel}
     if config.model_type == "mamba2":
-        ssm |= {"layer": "Mamba2", "headdim": config.head_dim, "ngroups": config.n_groups, "chunk_size": config.chunk_size}
+        ssm |= {"layer": "Mamba2", "headdim": config.head_dim, "ngroups": config.n_groups,
+                "chunk_size": config.chunk_size}
     raw = {"d_model": config.hidden_size, "n_layer": config.num_hidden_layers, "vocab_size": config.vocab_size - 3,
            "ssm_cfg": ssm, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
            "pad_vocab_size_multiple": 8, "tie_embeddings": config.tie_word_embeddings}
@@ -245,7 +246,8 @@ class Opens:
         return open, ("opened-by-a-pickle", "w")
 
 
-def test_a_pickle_is_refused_and_nothing_in_it_runs(tiny_mamba: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_is_refused_and_nothing_in_it_runs(tiny_mamba: Any, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_mamba_ssm(tmp_path / "m", tiny_mamba)
     torch.save({"backbone.norm_f.weight": Opens()}, tmp_path / "m" / "pytorch_model.bin")

@@ -17,7 +17,8 @@ from mambacompress.models.families.base import Hosted
 KINDS = ["mamba", "mamba2", "falcon_mamba"]
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "mamba": [{}, {"use_bias": True}, {"use_conv_bias": False, "conv_kernel": 3}, {"tie_word_embeddings": False}],
-    "mamba2": [{}, {"n_groups": 1}, {"use_bias": True}, {"time_step_limit": (0.02, 0.5)}, {"tie_word_embeddings": False}],
+    "mamba2": [{}, {"n_groups": 1}, {"use_bias": True}, {"time_step_limit": (0.02, 0.5)},
+               {"tie_word_embeddings": False}],
     "falcon_mamba": [{}, {"use_bias": True, "use_conv_bias": False}],
 }
 CASES = [pytest.param(kind, overrides, id=f"{kind}-{'-'.join(overrides) or 'plain'}")
@@ -135,7 +136,7 @@ def test_continuation_through_the_hosts_cache_equals_one_shot(make_host: Any, ki
 
 @pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
 def test_stock_continuation_by_several_tokens_is_wrong(make_host: Any, kind: str) -> None:
-    """Why ours exists: stock scans a multi-token continuation from a zero state. If this fails, transformers was repaired."""
+    """Stock scans a multi-token continuation from a zero state. If this fails, transformers was repaired."""
     host = make_host(kind)
     x = ids(2, 24)
     expected = logits(host, x)
@@ -161,7 +162,7 @@ def test_left_padded_generate_equals_single_runs(make_host: Any, kind: str) -> N
     adopt(host)
     prompts = [ids(1, 9), ids(1, 5), ids(1, 1)]
     batch = torch.cat([torch.cat([torch.zeros(1, 9 - p.shape[1], dtype=torch.int64), p], 1) for p in prompts])
-    mask = torch.cat([torch.cat([torch.zeros(1, 9 - p.shape[1], dtype=torch.int64), torch.ones_like(p)], 1) for p in prompts])
+    mask = (batch != 0).long()
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     together = host.generate(batch, attention_mask=mask, **options)
     for row, prompt in zip(together, prompts, strict=True):
@@ -233,7 +234,7 @@ def test_the_proof_leaves_the_random_state_and_the_configuration_alone(tiny_mamb
 def test_real_weights_with_nan_are_refused(tiny_mamba: Any) -> None:
     with torch.no_grad():
         tiny_mamba.backbone.layers[0].mixer.in_proj.weight[3, 3] = float("nan")
-    with pytest.raises(UserError, match="layer 0.*on the real"):
+    with pytest.raises(UserError, match=r"layer 0.*on the real"):
         adopt(tiny_mamba)
     assert not isinstance(tiny_mamba.backbone.layers[0].mixer, Hosted)
 
@@ -245,7 +246,7 @@ def test_an_unknown_activation_is_named(make_host: Any) -> None:
 
 def test_a_parameter_nobody_knows_is_named(tiny_mamba: Any) -> None:
     tiny_mamba.backbone.layers[1].mixer.extra = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(UserError, match="layer 1.*extra"):
+    with pytest.raises(UserError, match=r"layer 1.*extra"):
         adopt(tiny_mamba)
     assert not any(isinstance(layer.mixer, Hosted) for layer in tiny_mamba.backbone.layers)
 
@@ -263,7 +264,7 @@ def test_packed_layers_cannot_be_written_back(tiny_mamba: Any) -> None:
     model_map = adopt(tiny_mamba)
     mixer = model_map.blocks[0].mixer
     mixer.out_proj = torch.nn.Identity()
-    with pytest.raises(UserError, match="no float weights for out_proj.weight"):
+    with pytest.raises(UserError, match=r"no float weights for out_proj\.weight"):
         restore(tiny_mamba)
 
 

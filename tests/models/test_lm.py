@@ -113,7 +113,7 @@ def test_greedy_equals_transformers(make_lm: Callable[..., LanguageModel], kind:
 
 
 @each_kind
-def test_left_padded_greedy_equals_transformers_and_single_runs(make_lm: Callable[..., LanguageModel], kind: str) -> None:
+def test_left_padded_greedy_equals_transformers_and_alone(make_lm: Callable[..., LanguageModel], kind: str) -> None:
     lm = make_lm(kind)
     prompts = [ids(1, 7), ids(1, 3), ids(1, 1)]
     batch = torch.cat([torch.nn.functional.pad(p, (7 - p.shape[1], 0)) for p in prompts])
@@ -149,7 +149,8 @@ def test_the_models_own_end_is_the_default(make_lm: Callable[..., LanguageModel]
 
 
 @each_kind
-@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.5, "top_p": 0.8},
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 5},
+                                     {"temperature": 1.5, "top_p": 0.8},
                                      {"temperature": 4.0, "top_k": 20, "top_p": 0.9}], ids=str)
 def test_a_seed_fixes_the_text(make_lm: Callable[..., LanguageModel], kind: str, options: dict[str, Any]) -> None:
     lm = make_lm(kind)

@@ -1,4 +1,4 @@
-"""Both mixers: prefill from any state and single steps agree, padding and packing leave no trace, every call is a module call."""
+"""Both mixers: prefill from any state and single steps agree, padding and packing leave no trace, hooks see all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def s6(**options: Any) -> S6Mixer:
 
 
 def ssd(**options: Any) -> SSDMixer:
-    return SSDMixer(D, **({"heads": 6, "head_dim": 4, "d_state": N, "groups": 2, "bias": True, "chunk_size": 8} | options))
+    usual = {"heads": 6, "head_dim": 4, "d_state": N, "groups": 2, "bias": True, "chunk_size": 8}
+    return SSDMixer(D, **(usual | options))
 
 
 def randomised(mixer: Mixer, dtype: torch.dtype = torch.float64) -> Mixer:
@@ -37,7 +38,8 @@ MIXERS = {"s6": s6, "ssd": ssd}
 each_kind = pytest.mark.parametrize("kind", list(MIXERS))
 
 
-def run(mixer: Mixer, x_BLD: Tensor, sizes: list[int], state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
+def run(mixer: Mixer, x_BLD: Tensor, sizes: list[int],
+        state: MixerState | None = None) -> tuple[Tensor, MixerState | None]:
     outputs = []
     with torch.no_grad():
         for chunk in x_BLD.split(sizes, 1):
@@ -170,7 +172,7 @@ def test_packed_gradients_equal_separate(kind: str) -> None:
     seq_idx = torch.tensor([[0] * 5 + [1] * 7])
     weight = torch.randn(1, 12, D, dtype=torch.float64)
     (mixer.mix(x, seq_idx=seq_idx)[0] * weight).sum().backward()
-    packed = {name: parameter.grad.clone() for name, parameter in mixer.named_parameters() if parameter.grad is not None}
+    packed = {name: p.grad.clone() for name, p in mixer.named_parameters() if p.grad is not None}
     mixer.zero_grad(set_to_none=True)
     for part, w in zip(x.split([5, 7], 1), weight.split([5, 7], 1), strict=True):
         (mixer.mix(part)[0] * w).sum().backward()
@@ -194,7 +196,8 @@ def test_every_projection_is_called_and_tapped_once(kind: str, training: bool) -
     linear = ["in_proj", "conv", "out_proj"]
     linear += ["paths.0.projection.x_proj", "paths.0.projection.dt_proj"] if kind == "s6" else []
     assert sorted(calls) == sorted(linear)
-    taps = ["in_proj", "z", "conv", "dt", "u", "B", "C", "y", "out_proj"] + (["x_proj", "dt_proj"] if kind == "s6" else [])
+    taps = ["in_proj", "z", "conv", "dt", "u", "B", "C", "y", "out_proj"]
+    taps += ["x_proj", "dt_proj"] if kind == "s6" else []
     assert sorted(seen) == sorted(taps)
 
 

@@ -200,7 +200,7 @@ def test_rotating_the_residual_keeps_the_function(double: ModelMap) -> None:
 
 
 def test_scaling_every_stream_that_allows_it_keeps_the_function(make_host: Callable[..., Any]) -> None:
-    """S7 on both kinds (in_proj x rows / s, convolution * s), S5 and S4 on Mamba-1: the ones that touch no activation."""
+    """S7 on both kinds (in_proj x rows / s, convolution * s), S5 and S4 on Mamba-1: those that touch no activation."""
     for kind in ("mamba", "mamba2"):
         model_map = adopt(make_host(kind, use_bias=True).double())
         expected = logits(model_map)

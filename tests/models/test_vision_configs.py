@@ -1,16 +1,18 @@
 """One mixer, many scans: Vim, VMamba, PlainMamba and LBMamba are configurations of S6Mixer.
 
-Each is compared in fp64 with a naive forward written here from the published definition, token by token, on tensors in the
-published layout and under the published names; none of our ops, orders or modules is used on that side.
+Each is compared in fp64 with a naive forward written here from the published definition, token by token, on tensors in
+the published layout and under the published names; none of our ops, orders or modules is used on that side.
 
-Sources: Vim (arXiv 2401.09417, Alg. 1; released code divides the sum by two), VMamba (2401.10166, SS2D), PlainMamba (2403.17695,
-Eq. 5 and the released layer), LBMamba (2506.15976). Legend: L tokens, E d_inner, N d_state, R dt_rank, K conv width, H x W grid.
+Sources: Vim (arXiv 2401.09417, Alg. 1; released code divides the sum by two), VMamba (2401.10166, SS2D), PlainMamba
+(2403.17695, Eq. 5 and the released layer), LBMamba (2506.15976). Legend: L tokens, E d_inner, N d_state, R dt_rank, K
+conv width, H x W grid.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,7 +50,8 @@ def softplus(x: Tensor) -> Tensor:
     return torch.log(1 + torch.exp(x))
 
 
-def naive_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor, window: int | None = None) -> Tensor:
+def naive_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, skip: Tensor,
+               window: int | None = None) -> Tensor:
     """u, dt [L, E] (dt positive), A [E, N], B, C [L, N], skip [E] -> [L, E]; one sequence."""
     length = len(u)
     decay = [torch.exp(dt[t][:, None] * A) for t in range(length)]
@@ -105,8 +108,8 @@ def selective(u: Tensor, x_proj: Tensor, dt_weight: Tensor, dt_bias: Tensor) -> 
 
 # -- Vim ---------------------------------------------------------------------------------------------------------------
 
-BRANCH = {"conv1d{}.weight": (E, 1, 4), "conv1d{}.bias": (E,), "x_proj{}.weight": (R + 2 * N, E), "dt_proj{}.weight": (E, R),
-          "dt_proj{}.bias": (E,), "A{}_log": (E, N), "D{}": (E,)}
+BRANCH = {"conv1d{}.weight": (E, 1, 4), "conv1d{}.bias": (E,), "x_proj{}.weight": (R + 2 * N, E),
+          "dt_proj{}.weight": (E, R), "dt_proj{}.bias": (E,), "A{}_log": (E, N), "D{}": (E,)}
 
 
 def vim_weights(*suffixes: str) -> Weights:
@@ -193,9 +196,10 @@ def test_vim_packs() -> None:
 
 
 def vmamba_weights(*, gated: bool) -> Weights:
-    return weights({"in_proj.weight": ((2 if gated else 1) * E, D), "out_proj.weight": (D, E), "conv2d.weight": (E, 1, 3, 3),
-                    "conv2d.bias": (E,), "x_proj_weight": (4, R + 2 * N, E), "dt_projs_weight": (4, E, R),
-                    "dt_projs_bias": (4, E), "A_logs": (4 * E, N), "Ds": (4 * E,), "out_norm.weight": (E,), "out_norm.bias": (E,)})
+    return weights({"in_proj.weight": ((2 if gated else 1) * E, D), "out_proj.weight": (D, E),
+                    "conv2d.weight": (E, 1, 3, 3), "conv2d.bias": (E,), "x_proj_weight": (4, R + 2 * N, E),
+                    "dt_projs_weight": (4, E, R), "dt_projs_bias": (4, E), "A_logs": (4 * E, N), "Ds": (4 * E,),
+                    "out_norm.weight": (E,), "out_norm.bias": (E,)})
 
 
 def naive_vmamba(w: Weights, tokens: Tensor, grid: tuple[int, int], *, gated: bool) -> Tensor:
@@ -252,9 +256,9 @@ def test_vmamba_needs_its_grid() -> None:
 
 
 def plain_weights() -> Weights:
-    return weights({"in_proj.weight": (2 * E, D), "out_proj.weight": (D, E), "conv2d.weight": (E, 1, 7, 7), "conv2d.bias": (E,),
-                    "x_proj.weight": (R + 2 * N, E), "dt_proj.weight": (E, R), "dt_proj.bias": (E,), "A_log": (E, N), "D": (E,),
-                    "direction_Bs": (5, N)})
+    return weights({"in_proj.weight": (2 * E, D), "out_proj.weight": (D, E), "conv2d.weight": (E, 1, 7, 7),
+                    "conv2d.bias": (E,), "x_proj.weight": (R + 2 * N, E), "dt_proj.weight": (E, R),
+                    "dt_proj.bias": (E,), "A_log": (E, N), "D": (E,), "direction_Bs": (5, N)})
 
 
 def walk(grid: tuple[int, int], *, down: bool, back: bool) -> tuple[list[int], list[int]]:
@@ -268,13 +272,13 @@ def walk(grid: tuple[int, int], *, down: bool, back: bool) -> tuple[list[int], l
     if back:
         cells = cells[::-1]
     directions = [0]
-    for (i, j), (y, x) in zip(cells[:-1], cells[1:], strict=True):
+    for (i, j), (y, x) in pairwise(cells):
         directions.append({(0, 1): 1, (0, -1): 2, (-1, 0): 3, (1, 0): 4}[(y - i, x - j)])
     return [i * W + j for i, j in cells], directions
 
 
 def naive_plain(w: Weights, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """As released: only u is permuted, dt, B and C stay in raster order, and dt's bias is added twice (dt_proj, then the scan)."""
+    """As released: only u is permuted, dt, B and C stay in raster order, and dt's bias is added twice."""
     walks = [walk(grid, down=down, back=back) for down in (False, True) for back in (False, True)]
     results = []
     for sequence in tokens:

@@ -22,7 +22,8 @@ FAMILIES: dict[str, Family] = {
 def family_of(model_type: str) -> Family:
     """The family of a transformers ``model_type``; raises UserError for a model that is not a Mamba we know."""
     if model_type not in FAMILIES:
-        raise UserError(f"model type {model_type!r} is not a Mamba this version knows{did_you_mean(model_type, FAMILIES)}",
+        hint = did_you_mean(model_type, FAMILIES)
+        raise UserError(f"model type {model_type!r} is not a Mamba this version knows{hint}",
                         f"supported model types: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 

@@ -1,13 +1,13 @@
 """Adoption: a host's stock mixers replaced, on the instance, by ours holding the same parameters.
 
-A family says how its mixer is configured (``build``) and where each parameter sits in the stock layout (``names``; shapes
-that differ hold the same numbers in the same order, e.g. conv [E, 1, K] and [E, K]). From these follow adoption (the very
-same storage, no copy), bit-identical write-back, and the stock name of every tensor of an adopted host, by which a
-checkpoint is read block by block.
+A family says how its mixer is configured (``build``) and where each parameter sits in the stock layout (``names``;
+shapes that differ hold the same numbers in the same order, e.g. conv [E, 1, K] and [E, K]). From these follow adoption
+(the very same storage, no copy), bit-identical write-back, and the stock name of every tensor of an adopted host, by
+which a checkpoint is read block by block.
 
-Adoption proves itself: a small random instance of the same configuration must agree with the stock module in fp64, in one
-shot, step by step and left-padded; and the first real mixer must agree on its real weights. Nothing is guessed from key
-names: a configuration that is not known raises and names the mixer.
+Adoption proves itself: a small random instance of the same configuration must agree with the stock module in fp64, in
+one shot, in chunks, step by step and left-padded; and the first real mixer must agree on its real weights. Nothing is
+guessed from key names: a configuration that is not known raises and names the mixer.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Family:
             source = remaining.pop(self.names[our_name])
             _assign(ours, our_name, source, parameter.shape)
         if remaining:
-            raise UserError(f"layer {layer_idx}: the mixer {type(stock).__name__} has parameters this version does not know: "
-                            f"{', '.join(sorted(remaining))}", "report the model; nothing was changed")
+            raise UserError(f"layer {layer_idx}: the mixer {type(stock).__name__} has parameters this version does not "
+                            f"know: {', '.join(sorted(remaining))}", "report the model; nothing was changed")
         return ours
 
     def restore_mixer(self, ours: Hosted, config: Any) -> nn.Module:
@@ -113,8 +113,8 @@ class Family:
             stock_name = self.names[our_name]
             _assign(stock, stock_name, parameter, shapes.pop(stock_name))
         if shapes:
-            raise UserError(f"layer {ours.layer_idx}: no float weights for {', '.join(sorted(shapes))}; packed layers cannot be "
-                            "written back", "save the compressed model as an artifact instead")
+            raise UserError(f"layer {ours.layer_idx}: no float weights for {', '.join(sorted(shapes))}; packed layers "
+                            "cannot be written back", "save the compressed model as an artifact instead")
         for name, buffer in list(stock.named_buffers()):
             if buffer.is_meta:  # weightless norms: constant ones
                 parent, _, leaf = name.rpartition(".")
@@ -147,7 +147,8 @@ class Family:
     def prove(self, config: Any) -> float:
         """Compare with the stock mixer in fp64 on a small random instance; returns the worst relative difference.
 
-        Raises UserError naming the mixer where they differ by more than 1e-9 in one shot, step by step, in chunks or left-padded.
+        Raises UserError naming the mixer where they differ by more than 1e-9 in one shot, step by step, in chunks or
+        left-padded.
         """
         small = self.shrink(copy.deepcopy(config))
         worst = 0.0
@@ -167,18 +168,20 @@ class Family:
                          "in chunks": (_continued(ours, x_BLD, 3), expected)}
                 if getattr(ours.in_proj, "bias", None) is None:
                     # With an input bias the stock mixer lets padding into its state; ours does not.
-                    pairs["left-padded"] = (ours(x_BLD, attention_mask=mask)[0, 3:], stock(x_BLD, attention_mask=mask)[0, 3:])
+                    pairs["left-padded"] = (ours(x_BLD, attention_mask=mask)[0, 3:],
+                                            stock(x_BLD, attention_mask=mask)[0, 3:])
                 for how, (got, want) in pairs.items():
                     difference = ((got - want).abs().max() / want.abs().max()).item()
                     if not difference < 1e-9:
-                        raise UserError(f"our mixer and {type(stock).__name__} differ by {difference:.1e} {how}: this version "
-                                        f"of transformers computes something else", "report the model and the version")
+                        raise UserError(f"our mixer and {type(stock).__name__} differ by {difference:.1e} {how}: this "
+                                        "version of transformers computes something else",
+                                        "report the model and the version")
                     worst = max(worst, difference)
         return worst
 
     def check_real(self, stock: nn.Module, ours: Hosted) -> None:
         """The first real mixer must agree with ours on its real weights."""
-        weight = ours.in_proj.weight
+        weight = ours.get_parameter("in_proj.weight")
         if weight.is_meta:
             return
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():
@@ -188,8 +191,8 @@ class Family:
         tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2
         difference = ((got - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
         if not difference < tolerance:
-            raise UserError(f"layer {ours.layer_idx}: our mixer and {type(stock).__name__} differ by {difference:.1e} on the real "
-                            "weights", "check the checkpoint for NaN or Inf weights")
+            raise UserError(f"layer {ours.layer_idx}: our mixer and {type(stock).__name__} differ by {difference:.1e} "
+                            "on the real weights", "check the checkpoint for NaN or Inf weights")
 
 
 def adopt_host(family: Family, host: Any, *, prove: bool = True) -> ModelMap:
@@ -237,8 +240,9 @@ def _quiet() -> Iterator[None]:
 def _assign(root: nn.Module, name: str, source: Tensor, shape: torch.Size) -> None:
     parent_path, _, leaf = name.rpartition(".")
     parent = root.get_submodule(parent_path)
-    shared = source if source.shape == shape else nn.Parameter(source.data.view(shape), requires_grad=source.requires_grad)
-    setattr(parent, leaf, shared)
+    if source.shape != shape:
+        source = nn.Parameter(source.data.view(shape), requires_grad=source.requires_grad)
+    setattr(parent, leaf, source)
 
 
 def _randomise(mixer: nn.Module) -> None:

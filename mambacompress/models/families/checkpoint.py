@@ -1,7 +1,7 @@
 """Reading a model one tensor at a time: transformers directories and original ``mamba_ssm`` checkpoints.
 
-A ``Checkpoint`` knows the configuration and hands out tensors by their stock transformers name, memory-mapped, so that a
-model larger than memory can be walked block by block. Safetensors (one file or shards) and ``pytorch_model.bin``
+A ``Checkpoint`` knows the configuration and hands out tensors by their stock transformers name, memory-mapped, so that
+a model larger than memory can be walked block by block. Safetensors (one file or shards) and ``pytorch_model.bin``
 (``weights_only``: nothing is ever unpickled) are read; original ``mamba_ssm`` names and configurations are translated.
 A live model in memory is the same thing to a caller (``live_checkpoint``), its scaled activations included.
 """
@@ -27,6 +27,7 @@ from mambacompress.models.families import adopt, family_of
 from mambacompress.models.mixers import DepthwiseConv, Gate, build
 from mambacompress.models.modelmap import ModelMap, set_module
 
+_AGAIN = "copy or download the checkpoint again"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
                    "tokenizer.model", "added_tokens.json", "chat_template.jinja")
 
@@ -70,7 +71,7 @@ class Checkpoint:
         try:
             tensor = self._readers[name].read()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"tensor {name!r} cannot be read: {error}", "copy or download the checkpoint again") from error
+            raise UserError(f"tensor {name!r} cannot be read: {error}", _AGAIN) from error
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"tensor {name!r} holds NaN or Inf", "repair or retrain the model before compressing it")
         return tensor
@@ -81,8 +82,8 @@ class Checkpoint:
         for path, parameter in model_map.host.named_parameters():
             name = family.stock_name(path)
             if prod(_shape(self._readers, name)) != parameter.numel():
-                raise UserError(f"tensor {name!r} has shape {list(self._readers[name].shape)}, its configuration asks for "
-                                f"{list(parameter.shape)}", "check that config.json belongs to these weights")
+                raise UserError(f"tensor {name!r} has shape {list(self._readers[name].shape)}, its configuration asks "
+                                f"for {list(parameter.shape)}", "check that config.json belongs to these weights")
 
     def tokenizer_files(self) -> list[Path]:
         if self.directory is None:
@@ -210,10 +211,10 @@ def _weight_files(directory: Path, pattern: str, index_name: str) -> list[Path]:
     try:
         wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is no index of weight files: {error}", "copy or download the checkpoint again") from error
+        raise UserError(f"{index} is no index of weight files: {error}", _AGAIN) from error
     missing = [name for name in wanted if not (directory / name).is_file()]
     if missing:
-        raise UserError(f"{directory} misses the shards {', '.join(missing)}", "copy or download the checkpoint again")
+        raise UserError(f"{directory} misses the shards {', '.join(missing)}", _AGAIN)
     return [directory / name for name in wanted]
 
 
@@ -224,7 +225,7 @@ def _safetensors(file: Path) -> dict[str, Reader]:
                 for name in handle.keys()}  # noqa: SIM118 (a safetensors handle is no mapping)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is truncated or not a safetensors file: {error}",
-                        "copy or download the checkpoint again") from error
+                        _AGAIN) from error
 
 
 def _pickled(file: Path) -> dict[str, Reader]:
@@ -232,10 +233,11 @@ def _pickled(file: Path) -> dict[str, Reader]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except UnpicklingError as error:
-        raise UserError(f"{file} holds pickled objects, not only tensors, and is not opened", "convert it to safetensors") from error
+        raise UserError(f"{file} holds pickled objects, not only tensors, and is not opened",
+                        "convert it to safetensors") from error
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{file} is truncated or not a torch file: {str(error).splitlines()[0]}",
-                        "copy or download the checkpoint again") from error
+                        _AGAIN) from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{file} holds something other than named tensors", "convert it to safetensors")
     return {name: Reader(tuple(tensor.shape), tensor.detach) for name, tensor in state.items()}
@@ -252,12 +254,12 @@ def _modern(readers: dict[str, Reader]) -> dict[str, Reader]:
 
 
 #: Keys of mamba_ssm's ``ssm_cfg`` that only shape the initial weights or choose a kernel.
-_NO_FUNCTION = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "A_init_range", "conv_init", "use_fast_path",
-                "use_mem_eff_path", "layer_idx", "device", "dtype", "dt_rank"}
+_NO_FUNCTION = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "A_init_range", "conv_init",
+                "use_fast_path", "use_mem_eff_path", "layer_idx", "device", "dtype", "dt_rank"}
 
 
 def _from_mamba_ssm(raw: dict[str, Any], readers: dict[str, Reader]) -> tuple[Any, dict[str, Reader]]:
-    """The transformers configuration of an original checkpoint (MambaConfig of mamba_ssm: d_model, n_layer, ssm_cfg, ...)."""
+    """The transformers configuration of an original checkpoint (mamba_ssm's d_model, n_layer, ssm_cfg, ...)."""
     from transformers import Mamba2Config, MambaConfig
 
     ssm = {key: value for key, value in (raw.get("ssm_cfg") or {}).items() if key not in _NO_FUNCTION}
@@ -283,9 +285,11 @@ def _from_mamba_ssm(raw: dict[str, Any], readers: dict[str, Reader]) -> tuple[An
         head_dim = ssm.pop("headdim", 64)
         if (ssm.pop("D_has_hdim", False) or ssm.pop("norm_before_gate", False) or not ssm.pop("rmsnorm", True)
                 or ssm.pop("d_ssm", None) not in (None, inner)):
-            raise UserError("this mamba_ssm Mamba2 uses D_has_hdim, norm_before_gate, d_ssm or no norm", "report the model")
-        config = Mamba2Config(**common, state_size=ssm.pop("d_state", 128), head_dim=head_dim, num_heads=inner // head_dim,
-                              n_groups=ssm.pop("ngroups", 1), chunk_size=ssm.pop("chunk_size", 256),
+            raise UserError("this mamba_ssm Mamba2 uses D_has_hdim, norm_before_gate, d_ssm or no norm",
+                            "report the model")
+        config = Mamba2Config(**common, state_size=ssm.pop("d_state", 128), head_dim=head_dim,
+                              num_heads=inner // head_dim, n_groups=ssm.pop("ngroups", 1),
+                              chunk_size=ssm.pop("chunk_size", 256),
                               time_step_limit=tuple(ssm.pop("dt_limit", (0.0, float("inf")))))
     else:
         raise UserError(f"mamba_ssm layer {layer!r} is not known", "known: Mamba1, Mamba2")

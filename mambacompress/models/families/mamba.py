@@ -49,8 +49,8 @@ def build_s6(config: Any, *, norm_eps: float | None) -> HostedS6:
         raise UserError(f"the mixer's activation is {config.hidden_act!r}; only 'silu' is known", "report the model")
     E, N = config.intermediate_size, config.state_size
     projection = SelectiveProjection(E, N, int(config.time_step_rank), norm_eps=norm_eps)
-    return HostedS6(config.hidden_size, E, [Path(E, N, projection)],
-                    conv=DepthwiseConv(E, config.conv_kernel, bias=config.use_conv_bias), gate=Gate(E), bias=config.use_bias)
+    conv = DepthwiseConv(E, config.conv_kernel, bias=config.use_conv_bias)
+    return HostedS6(config.hidden_size, E, [Path(E, N, projection)], conv=conv, gate=Gate(E), bias=config.use_bias)
 
 
 def shrink_s6(config: Any) -> Any:

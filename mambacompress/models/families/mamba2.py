@@ -29,7 +29,8 @@ class Mamba2Family(Family):
 
     def build(self, config: Any, layer_idx: int) -> HostedSSD:
         if config.hidden_act != "silu":
-            raise UserError(f"the mixer's activation is {config.hidden_act!r}; only 'silu' is known", "report the model")
+            raise UserError(f"the mixer's activation is {config.hidden_act!r}; only 'silu' is known",
+                            "report the model")
         return HostedSSD(
             config.hidden_size, heads=config.num_heads, head_dim=config.head_dim, d_state=config.state_size,
             groups=config.n_groups, conv_width=config.conv_kernel, bias=config.use_bias, conv_bias=config.use_conv_bias,
