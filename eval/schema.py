@@ -134,6 +134,7 @@ class Speed(Strict):
     threads: int
     peak_bytes: int | None
     note: str
+    loop: str
     backend: str
 
 

@@ -1,8 +1,8 @@
 """Tokens a second and peak memory.
 
-Prefill: one forward of ``prompt`` tokens from a zero state. Decode: single-token steps at batch 1 from the state a
-prompt left. Each is repeated and the median reported with the quartiles, after a warm-up: the first call packs and
-compiles.
+Prefill: one forward of ``prompt`` tokens from a zero state, logits of the last token only. Decode: single-token steps
+at batch 1 from the state a prompt left. Each is repeated and the median reported with the quartiles, after a warm-up:
+the first call packs and compiles.
 
 Peak memory is the process's anonymous memory (RssAnon: what cannot be dropped and read again), sampled from the start
 of loading. It means something only in a process that did nothing else, so ``in_fresh_process`` loads the model in
@@ -13,6 +13,7 @@ Legend: B batch, L tokens.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import statistics
@@ -42,7 +43,9 @@ print("\\n" + json.dumps(speed.child(wanted)))
 
 @dataclass(frozen=True)
 class SpeedResult:
-    """Tokens a second (median and quartiles) and peak anonymous bytes; None means not measured, ``note`` says why."""
+    """Tokens a second (median and quartiles) and peak anonymous bytes; None means not measured, ``note`` says why.
+    loop: whose
+    decoding loop ran, ours or transformers'."""
 
     prompt: int
     prefill: float
@@ -53,6 +56,7 @@ class SpeedResult:
     threads: int
     peak_bytes: int | None
     note: str
+    loop: str
     backend: str
 
 
@@ -99,27 +103,18 @@ def measure(model: Any, *, prompt: int = 512, steps: int = 32, repeats: int = 5,
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     ids_BL = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(device)
-
-    def prefill() -> None:
-        model(input_ids=ids_BL, use_cache=False)
-
+    prefill, step, loop = _loop(model, ids_BL)
     fast, fast_quartiles = _summary(_rates(prefill, prompt, repeats, device))
-    step, note = _stepper(model, ids_BL)
+    note = "peak memory not measured: the model shares its process"
     slow: float | None = None
     slow_quartiles: tuple[float, float] | None = None
-    if step is not None:
+    if step is None:
+        note += "; decode not measured: the model keeps no state between calls"
+    else:
         slow, slow_quartiles = _summary(_rates(lambda: _repeat(step, steps), steps, repeats, device))
+    threads = torch.get_num_threads()
     return SpeedResult(
-        prompt,
-        fast,
-        fast_quartiles,
-        slow,
-        slow_quartiles,
-        repeats,
-        torch.get_num_threads(),
-        None,
-        note or "peak memory not measured: the model shares its process",
-        backend(),
+        prompt, fast, fast_quartiles, slow, slow_quartiles, repeats, threads, None, note, loop, backend()
     )
 
 
@@ -157,23 +152,47 @@ def child(wanted: dict[str, Any]) -> dict[str, Any]:
     with PeakMemory() as memory:
         model = mambacompress.load(wanted["path"])
         result = measure(model, **wanted["options"])
-    note = "" if memory.peak is not None else "peak memory not measured: this system does not report anonymous memory"
-    return {**asdict(result), "peak_bytes": memory.peak, "note": note if result.decode is not None else result.note}
+    notes = result.note.split("; ")[1:]
+    if memory.peak is None:
+        notes.insert(0, "peak memory not measured: this system does not report anonymous memory")
+    return {**asdict(result), "peak_bytes": memory.peak, "note": "; ".join(notes)}
 
 
-def _stepper(model: Any, ids_BL: Tensor) -> tuple[Callable[[], None] | None, str]:
-    """A function that decodes one more token, or None and the reason."""
+def _loop(model: Any, ids_BL: Tensor) -> tuple[Callable[[], None], Callable[[], None] | None, str]:
+    """(prefill, one decoding step or None, whose loop it is): ours for an adopted model, else transformers' forward."""
+    from mambacompress.models.lm import LanguageModel
+
+    try:
+        lm = LanguageModel.of(model)
+    except UserError:
+        return _transformers_loop(model, ids_BL)
+    state = [lm.prefill(ids_BL, last_only=True)[1]]
+
+    def prefill() -> None:
+        lm.prefill(ids_BL, last_only=True)
+
+    def step() -> None:
+        state[0] = lm.step(ids_BL[:, -1], state[0])[1]
+
+    return prefill, step, "mambacompress"
+
+
+def _transformers_loop(model: Any, ids_BL: Tensor) -> tuple[Callable[[], None], Callable[[], None] | None, str]:
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def prefill() -> None:
+        model(input_ids=ids_BL, use_cache=False, **last)
+
     out = model(input_ids=ids_BL, use_cache=True)
     name = next((name for name in ("cache_params", "past_key_values") if getattr(out, name, None) is not None), None)
     if name is None:
-        return None, "decode not measured: the model keeps no state between calls"
+        return prefill, None, "transformers"
     known: dict[str, Any] = {name: getattr(out, name)}
-    token_BL = ids_BL[:, -1:]
 
     def step() -> None:
-        model(input_ids=token_BL, use_cache=True, **known)
+        model(input_ids=ids_BL[:, -1:], use_cache=True, **known)
 
-    return step, ""
+    return prefill, step, "transformers"
 
 
 def _repeat(step: Callable[[], None], times: int) -> None:

@@ -253,6 +253,7 @@ def speed_table(report: ReportData) -> Table:
         ("Prompt", "Tokens of the prefill"),
         ("Repeats", ""),
         ("Threads", ""),
+        ("Loop", "Whose decoding loop ran"),
     ]
     rows = []
     for row in report.models:
@@ -269,6 +270,7 @@ def speed_table(report: ReportData) -> Table:
                     Cell(str(speed.prompt), "", speed.prompt),
                     Cell(str(speed.repeats), "", speed.repeats),
                     Cell(str(speed.threads), "", speed.threads),
+                    Cell(speed.loop),
                 ]
             )
     return Table("speed", "Speed and memory", "Median of the repeats with their quartiles.", columns, rows)

@@ -137,6 +137,7 @@ def made_up_report() -> Report:
             threads=1,
             peak_bytes=int(size * 1.6 + 1.2e8),
             note="",
+            loop="mambacompress",
             backend="native",
         )
         models.append(row)

@@ -12,6 +12,7 @@ import torch
 
 from mambacompress.errors import UserError
 from mambacompress.eval import Candidate, Report, evaluate, speed
+from mambacompress.models.families import adopt
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 8
 QUICK: dict[str, Any] = {"context": 64, "windows": 4, "prompt": 8, "steps": 2, "repeats": 2}
@@ -161,8 +162,13 @@ def test_memory_is_sampled_where_the_system_tells() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
-def test_speed_of_every_family(kind: str, make_host: Any) -> None:
-    found = speed.measure(make_host(kind), prompt=8, steps=2, repeats=3)
+@pytest.mark.parametrize("ours", [False, True])
+def test_speed_of_every_family(kind: str, ours: bool, make_host: Any) -> None:
+    host = make_host(kind)
+    if ours:
+        adopt(host)
+    found = speed.measure(host, prompt=8, steps=2, repeats=3)
+    assert found.loop == ("mambacompress" if ours else "transformers")
     assert found.prefill > 0
     assert found.decode is not None
     assert found.prefill_quartiles[0] <= found.prefill <= found.prefill_quartiles[1]

@@ -136,8 +136,8 @@ PROMPTS = {  # the first question of the real files, (context, continuation) of 
         " go down a rock and stop.",
     ),
     "openbookqa": (
-        "A person wants to start saving money so that they can afford a nice vacation at the end of the year. After looking "
-        "over their budget and expenses, they decide the best way to save money is to",
+        "A person wants to start saving money so that they can afford a nice vacation at the end of the year. After "
+        "looking over their budget and expenses, they decide the best way to save money is to",
         " make more phone calls",
     ),
     "winogrande": ("Sarah was a much better surgeon than Maria so Sarah", " always got the easier cases."),
