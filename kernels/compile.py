@@ -1,7 +1,7 @@
 """Compile the native library: every ``kernels/*.cpp`` and ``kernels/*/cpu.cpp`` into one shared object.
 
-Imports nothing but the standard library: setup.py uses it where torch is not installed yet. Without -ffast-math and with
-contraction off, so that the arithmetic is the same in prefill and in decode.
+Imports nothing but the standard library: setup.py uses it where torch is not installed yet. Without -ffast-math and
+with contraction off, so that the arithmetic is the same in prefill and in decode.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+         "-fvisibility=hidden",
          "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized")
 
 
@@ -66,5 +67,6 @@ def _run(command: list[str]) -> None:
     except OSError as failure:
         raise CompileError(f"{command[0]} does not run: {failure}") from failure
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[-1:] or ["no message"]
-        raise CompileError(f"{command[0]} does not compile the native library: {lines[0]}")
+        lines = done.stderr.splitlines() or ["no message"]
+        first = next((line for line in lines if "error" in line), lines[-1])
+        raise CompileError(f"{command[0]} does not compile the native library: {first}")

@@ -66,7 +66,7 @@ def function(name: str, argument_types: tuple[Any, ...], result: Any = None) -> 
     if lib is None:
         raise RuntimeError(why_not())
     if not hasattr(lib, name):
-        raise RuntimeError(f"the native library is older than the package: it has no {name}; rebuild it: {BUILD_COMMAND}")
+        raise RuntimeError(f"the native library is older than the package (no {name}); rebuild it: {BUILD_COMMAND}")
     entry = getattr(lib, name)
     entry.argtypes = list(argument_types)
     entry.restype = result
@@ -81,8 +81,8 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
 class View(ctypes.Structure):
     """A tensor [batch, tokens, ...] as native code reads it (``View`` of native.h)."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("token", ctypes.c_int64), ("dtype", ctypes.c_int64),
-                ("scale", ctypes.c_void_p), ("scale_step", ctypes.c_int64)]
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("token", ctypes.c_int64),
+                ("dtype", ctypes.c_int64), ("scale", ctypes.c_void_p), ("scale_step", ctypes.c_int64)]
 
 
 NO_VIEW = (None, 0, 0, 0, None, 0)
@@ -108,7 +108,8 @@ def view(x: torch.Tensor | None, reverse: bool = False, scale: torch.Tensor | No
     data, token = x.data_ptr(), x.stride(1)
     if reverse:
         data, token = data + (x.shape[1] - 1) * token * x.element_size(), -token
-    return (data, x.stride(0), token, DTYPE_CODES[x.dtype], pointer(scale), 0 if scale is None or scale.numel() == 1 else 1)
+    return (data, x.stride(0), token, DTYPE_CODES[x.dtype], pointer(scale),
+            0 if scale is None or scale.numel() == 1 else 1)
 
 
 def runs_directly(*tensors: torch.Tensor | None) -> bool:
@@ -117,7 +118,9 @@ def runs_directly(*tensors: torch.Tensor | None) -> bool:
         return False
     wants_gradient = torch.is_grad_enabled()
     for x in tensors:
-        if x is not None and ((wants_gradient and x.requires_grad) or type(x) not in (torch.Tensor, torch.nn.Parameter)):
+        if x is None:
+            continue
+        if (wants_gradient and x.requires_grad) or type(x) not in (torch.Tensor, torch.nn.Parameter):
             return False
     return True
 

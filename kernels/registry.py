@@ -1,9 +1,10 @@
 """Which implementation of an op runs, and why.
 
-Every op has a readable torch reference, and may have a native CPU implementation. ``auto`` (the default) takes the native
-one wherever it can compute what was asked; every other outcome carries a reason, is logged once, and is listed by
-``chosen()`` so that a report can print it. ``backend("reference")`` forces one implementation, ``strict(True)`` turns a
-fallback into an error. Both are context managers on context variables: threads and tasks do not disturb one another.
+Every op has a readable torch reference, and may have a native CPU implementation. ``auto`` (the default) takes the
+native one wherever it can compute what was asked; every other outcome carries a reason, is logged once, and is listed
+by ``chosen()`` so that a report can print it. ``backend("reference")`` forces one implementation, ``strict(True)``
+turns a fallback into an error. Both are context managers on context variables: threads and tasks do not disturb one
+another.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def check_all() -> list[CheckResult]:
         except (RuntimeError, ValueError, OSError) as failure:
             results.append(CheckResult(op, used, False, float("inf"), 0.0, str(failure)))
             continue
-        results.append(CheckResult(op, used, error <= tolerance, error, tolerance, obstacle or "native code for this processor"))
+        results.append(CheckResult(op, used, error <= tolerance, error, tolerance,
+                                   obstacle or "native code for this processor"))
     return results
 
 

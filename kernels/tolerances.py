@@ -1,7 +1,7 @@
 """How far an implementation may be from its reference: one table, used by tests and by ``check_all``.
 
-Floating point ops are compared by RMS ratio, rms(result - reference) / rms(reference), against the fp64 reference of the same
-(rounded) inputs. Integer ops are exact and have no entry.
+Floating point ops are compared by RMS ratio, rms(result - reference) / rms(reference), against the fp64 reference of
+the same (rounded) inputs. Integer ops are exact and have no entry.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def rms_ratio(result: Tensor, reference: Tensor) -> float:
 
 def compare(op: Callable[..., tuple[Tensor, Tensor]], reference: Callable[..., tuple[Tensor, Tensor]],
             inputs: list[Tensor]) -> tuple[float, float]:
-    """(worst RMS ratio, tolerance) of ``op`` in fp32 against ``reference`` in fp64, over both outputs and every gradient."""
+    """(worst RMS ratio, tolerance) of ``op`` in fp32 against ``reference`` in fp64, over both outputs and every
+    gradient."""
     results = []
     for function, dtype in ((op, torch.float32), (reference, torch.float64)):
         leaves = [x.float().to(dtype).requires_grad_() for x in inputs]

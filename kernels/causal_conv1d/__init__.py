@@ -21,15 +21,16 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution over tokens, then y * sigmoid(act_scale * y) where ``activation``.
 
-    x: [B, L, E], any L >= 0; weight: [E, K]; bias, act_scale: [E]. initial_state: [B, K-1, E], the inputs before the first
-    token (zeros where None). seq_idx: [B, L]; taps do not reach over a change. Returns (y [B, L, E] in x's dtype, the last
-    K-1 inputs [B, K-1, E]). Raises ValueError where shapes do not fit.
+    x: [B, L, E], any L >= 0; weight: [E, K]; bias, act_scale: [E]. initial_state: [B, K-1, E], the inputs before the
+    first token (zeros where None). seq_idx: [B, L]; taps do not reach over a change. Returns (y [B, L, E] in x's dtype,
+    the last K-1 inputs [B, K-1, E]). Raises ValueError where shapes do not fit.
     """
     check_shapes(x_BLE, weight_EK, bias_E, act_scale_E, initial_state, seq_idx_BL)
     lacks = [what for what, asked in (
         ("gradients for act_scale", act_scale_E is not None and act_scale_E.requires_grad),
         ("fp64 weights", weight_EK.dtype == torch.float64), ("an empty sequence", x_BLE.shape[1] == 0),
-        (f"widths above {MAX_WIDTH}", weight_EK.shape[1] > MAX_WIDTH), ("int8 inputs", x_BLE.dtype == torch.int8)) if asked]
+        (f"widths above {MAX_WIDTH}", weight_EK.shape[1] > MAX_WIDTH), ("int8 inputs",
+                                                                        x_BLE.dtype == torch.int8)) if asked]
     if choose("causal_conv1d", x_BLE.device, x_BLE.dtype, lacks) == "native":
         resets_BL = None if seq_idx_BL is None else ~same_as_previous(seq_idx_BL)
         y_BLE = causal_conv1d_cpu(x_BLE, weight_EK, bias_E, activation=activation, act_scale_E=act_scale_E,
@@ -43,7 +44,8 @@ def check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, act_scale: Tens
                  seq_idx: Tensor | None) -> None:
     """Raise ValueError, naming the tensor, where shapes do not fit x [B, L, E] and weight [E, K]."""
     if x.dim() != 3 or weight.dim() != 2:
-        raise ValueError(f"causal_conv1d wants x [B, L, E] and weight [E, K], not {tuple(x.shape)} and {tuple(weight.shape)}")
+        raise ValueError(f"causal_conv1d wants x [B, L, E] and weight [E, K], not {tuple(x.shape)} and "
+                         f"{tuple(weight.shape)}")
     batch, length, channels = x.shape
     wanted = {"weight": (weight, (channels, weight.shape[1])), "bias": (bias, (channels,)),
               "act_scale": (act_scale, (channels,)), "initial_state": (state, (batch, weight.shape[1] - 1, channels)),
@@ -61,4 +63,4 @@ def check() -> tuple[float, float]:
                    [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes])
 
 
-__all__ = ["check", "causal_conv1d", "causal_conv1d_reference"]
+__all__ = ["causal_conv1d", "causal_conv1d_reference", "check"]

@@ -32,8 +32,10 @@ def _problem(x: Tensor, weight: Tensor, bias: Tensor | None, act_scale: Tensor |
              resets: Tensor | None, activation: bool, y: Tensor | None) -> _Conv:
     batch, length, channels = x.shape
     initial_view = native.NO_VIEW if initial is None or not initial.numel() else native.view(initial)
-    return _Conv(batch, length, channels, weight.shape[1], activation, torch.get_num_threads(), native.view(x), initial_view,
-                 native.view(y), native.view(resets), weight.data_ptr(), native.pointer(bias), native.pointer(act_scale))
+    return _Conv(batch, length, channels, weight.shape[1], activation, torch.get_num_threads(), native.view(x),
+                 initial_view,
+                 native.view(y), native.view(resets), weight.data_ptr(), native.pointer(bias),
+                 native.pointer(act_scale))
 
 
 def run_forward(x: Tensor, weight: Tensor, bias: Tensor | None, act_scale: Tensor | None, initial: Tensor | None,
@@ -56,14 +58,16 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act_scale: Tensor | None, initial: Tensor | None,
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, act_scale: Tensor | None,
+              initial: Tensor | None,
               resets: Tensor | None, activation: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, dy = native.dense_rows(x), native.dense_rows(dy)
     initial = None if initial is None else native.dense_rows(initial)
     dx, dweight, dbias, dinitial = _gradients(x, weight, initial)
     problem = _problem(x, weight, bias, act_scale, initial, resets, activation, None)
     gradient = _Gradient(native.view(dy), native.view(dx),
-                         native.view(dinitial) if dinitial.numel() else native.NO_VIEW, dweight.data_ptr(), dbias.data_ptr())
+                         native.view(dinitial) if dinitial.numel() else native.NO_VIEW, dweight.data_ptr(),
+                         dbias.data_ptr())
     native.function("mc_conv_backward", (ctypes.POINTER(_Conv), ctypes.POINTER(_Gradient)))(
         ctypes.byref(problem), ctypes.byref(gradient))
     return dx, dweight, dbias, dinitial
@@ -108,7 +112,8 @@ def causal_conv1d_cpu(x_BLE: Tensor, weight_EK: Tensor, bias_E: Tensor | None, *
                       act_scale_E: Tensor | None, initial_state: Tensor | None, resets_BL: Tensor | None) -> Tensor:
     """The activated output [B, L, E] in native code; resets_BL: bool, true where a sequence starts."""
     initial_state = None if initial_state is None else initial_state.to(x_BLE.dtype)
-    arguments = (x_BLE, _fp32(weight_EK), _fp32(bias_E), _fp32(act_scale_E), initial_state, resets_BL, activation)
+    arguments: tuple[Any, ...] = (x_BLE, _fp32(weight_EK), _fp32(bias_E), _fp32(act_scale_E), initial_state, resets_BL,
+                                  activation)
     if native.runs_directly(x_BLE, weight_EK, bias_E, initial_state):
         return run_forward(*arguments)
     return conv_op(*arguments)

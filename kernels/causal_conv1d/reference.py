@@ -45,7 +45,8 @@ def causal_conv1d_reference(
 
 
 def last_inputs(x_BLE: Tensor, initial_state: Tensor | None, count: int, seq_idx_BL: Tensor | None) -> Tensor:
-    """The last ``count`` inputs [B, count, E]; zeros where they belong to another packed sequence than the last token."""
+    """The last ``count`` inputs [B, count, E]; zeros where they belong to another packed sequence than the last
+    token."""
     batch, length, channels = x_BLE.shape
     if length >= count:
         final = x_BLE[:, length - count:].clone()

@@ -18,7 +18,7 @@ from mambacompress.kernels.tolerances import compare
 
 @dataclass(frozen=True)
 class ScanScales:
-    """What int8 inputs of the scan are multiplied by: a number, or a tensor that broadcasts over the last axes; None = float.
+    """What int8 inputs of the scan are multiplied by: a number, or a tensor over the last axes; None: not int8.
 
     dt's scale applies before the bias and softplus.
     """
@@ -38,10 +38,10 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt A) h_{t-1} + dt B u;  y = C . h + D u, times z * sigmoid(z_scale * z) where z is given.
 
-    u, dt, z: [B, L, E]; B, C: [B, L, G, N] with E divisible by G; A: [E, N], the *negative* real matrix; D, dt_bias, z_scale:
-    [E]. dt = softplus(dt + dt_bias) where ``dt_softplus``. initial_state: [B, E, N], zeros where None. reverse: from the last
-    token to the first. window: K of the locally bi-directional scan. seq_idx: [B, L]; the state restarts from zero where it
-    changes. scales: the tensors it names are int8.
+    u, dt, z: [B, L, E]; B, C: [B, L, G, N] with E divisible by G; A: [E, N], the *negative* real matrix; D, dt_bias,
+    z_scale: [E]. dt = softplus(dt + dt_bias) where ``dt_softplus``. initial_state: [B, E, N], zeros where None.
+    reverse: from the last token to the first. window: K of the locally bi-directional scan. seq_idx: [B, L]; the state
+    restarts from zero where it changes. scales: the tensors it names are int8.
 
     Returns (y [B, L, E] in u's dtype, fp32 for int8; the state after the last token read [B, E, N], fp32 or fp64).
     Raises ValueError where shapes do not fit, TypeError where int8 comes without scales.
@@ -81,7 +81,8 @@ def check_shapes(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     states, groups = A.shape[1], B.shape[2]
     if groups < 1 or channels % groups:
         raise ValueError(f"selective_scan: {channels} channels do not divide into {groups} groups")
-    wanted = {"dt": (dt, (batch, length, channels)), "A": (A, (channels, states)), "B": (B, (batch, length, groups, states)),
+    wanted = {"dt": (dt, (batch, length, channels)), "A": (A, (channels, states)), 
+              "B": (B, (batch, length, groups, states)),
               "C": (C, (batch, length, groups, states)), "D": (D, (channels,)), "z": (z, (batch, length, channels)),
               "dt_bias": (dt_bias, (channels,)), "z_scale": (z_scale, (channels,)),
               "initial_state": (state, (batch, channels, states)), "seq_idx": (seq_idx, (batch, length))}
@@ -104,7 +105,8 @@ def check() -> tuple[float, float]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    leaves = [randn(2, 35, 40), randn(2, 35, 40), -randn(40, 16).abs(), randn(2, 35, 1, 16), randn(2, 35, 1, 16), randn(40),
+    leaves = [randn(2, 35, 40), randn(2, 35, 40), -randn(40, 16).abs(), randn(2, 35, 1, 16), randn(2, 35, 1, 16),
+              randn(40),
               randn(2, 35, 40)]
     return compare(selective_scan, selective_scan_reference, leaves)
 

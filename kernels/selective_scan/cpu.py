@@ -1,6 +1,8 @@
-"""The native selective scan: torch.library ops around the C functions of cpu.cpp, with fake implementations and autograd.
+"""The native selective scan: torch.library ops around the C functions of cpu.cpp, with fake implementations and
+autograd.
 
-Where no gradient is wanted and nothing is traced, the C function is called at once: the dispatcher costs more than a step.
+Where no gradient is wanted and nothing is traced, the C function is called at once: the dispatcher costs more than a
+step.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ LANES = 16  # the widest vector of channels
 
 class _Scan(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "groups", "states", "softplus", "threads")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "groups", "states", "softplus",
+                                              "threads")),
         *((name, native.View) for name in ("u", "dt", "B", "C", "z", "y", "resets")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "dt_bias", "z_scale", "initial", "final", "checkpoints"))]
 
@@ -65,7 +68,8 @@ def run_forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
                 dt_bias: Tensor | None, z_scale: Tensor | None, initial: Tensor | None, resets: Tensor | None,
                 u_scale: Tensor | None, dt_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None,
                 z_scale8: Tensor | None, softplus: bool, reverse: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, final state, checkpoints; empty unless ``save``). A, D, dt_bias, z_scale, initial and scales: fp32, contiguous."""
+    """(y, final state, checkpoints; empty unless ``save``). A, D, dt_bias, z_scale, initial and scales: fp32,
+    contiguous."""
     u, dt, B, C, z = _dense(u, dt, B, C, z)
     y, final, checkpoints = _outputs(u, A, B, save)
     problem = _problem(u, dt, A, B, C, D, z, dt_bias, z_scale, initial, resets,
@@ -99,7 +103,8 @@ def _backward(dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor, u: Tensor,
     dy = native.dense_rows(dy)
     dfinal = None if dfinal is None else dfinal.contiguous()
     du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = gradients = _gradients(u, dt, A, B, C, D, z, dt_bias, initial)
-    problem = _problem(u, dt, A, B, C, D, z, dt_bias, z_scale, initial, resets, (None,) * 5, softplus, reverse, None, None,
+    problem = _problem(u, dt, A, B, C, D, z, dt_bias, z_scale, initial, resets, (None,) * 5, softplus, reverse, None,
+                       None,
                        checkpoints)
     gradient = _Gradient(
         native.view(dy, reverse), native.view(du, reverse), native.view(ddt, reverse), native.view(dB, reverse),
@@ -141,8 +146,10 @@ def _propagate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Any) -> tu
     u, z, D, dt_bias, initial = (tensors[i] for i in (0, 6, 5, 7, 9))
     if dy is None:
         dy = torch.zeros_like(u)
-    du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = backward_op(dy, dfinal, checkpoints, *tensors, ctx.softplus, ctx.reverse)
-    return (du, ddt, dA, dB, dC, None if D is None else dD, None if z is None else dz, None if dt_bias is None else dbias,
+    du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = backward_op(dy, dfinal, checkpoints, *tensors, ctx.softplus,
+                                                               ctx.reverse)
+    return (du, ddt, dA, dB, dC, None if D is None else dD, None if z is None else dz,
+            None if dt_bias is None else dbias,
             None, None if initial is None else dinitial, *(None,) * 9)
 
 
@@ -154,23 +161,20 @@ def _fp32(x: Tensor | None) -> Tensor | None:
 
 
 def selective_scan_cpu(
-    u_BLE: Tensor, dt_BLE: Tensor, A_EN: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_E: Tensor | None, z_BLE: Tensor | None,
-    dt_bias_E: Tensor | None, *, dt_softplus: bool, z_scale_E: Tensor | None, initial_state_BEN: Tensor | None, reverse: bool,
-    resets_BL: Tensor | None, scales: Any,
+    u_BLE: Tensor, dt_BLE: Tensor, A_EN: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_E: Tensor | None,
+    z_BLE: Tensor | None, dt_bias_E: Tensor | None, *, dt_softplus: bool, z_scale_E: Tensor | None,
+    initial_state_BEN: Tensor | None, reverse: bool, resets_BL: Tensor | None, scales: Any,
 ) -> tuple[Tensor, Tensor]:
     """``selective_scan`` in native code; resets_BL: bool, true where the state restarts, in the order of the scan."""
     factors: list[Tensor | None] = [None] * 5
     if scales is not None:
-        last = {"u": u_BLE.shape[2], "dt": dt_BLE.shape[2], "B": B_BLGN[0, 0].numel() if B_BLGN.numel() else 1,
-                "C": C_BLGN[0, 0].numel() if C_BLGN.numel() else 1, "z": u_BLE.shape[2]}
-        shapes = {"B": B_BLGN.shape[2:], "C": C_BLGN.shape[2:]}
-        factors = [_scale(getattr(scales, name), shapes.get(name, (count,))) for name, count in last.items()]
-    arguments = (u_BLE, dt_BLE, _fp32(A_EN), B_BLGN, C_BLGN, _fp32(D_E), z_BLE, _fp32(dt_bias_E), _fp32(z_scale_E),
-                 _fp32(initial_state_BEN), resets_BL, *factors, dt_softplus, reverse)
-    if native.runs_directly(u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, initial_state_BEN):
-        y, final, _ = run_forward(*arguments, False)
-    else:
-        y, final, _ = scan_op(*arguments, True)
+        channels, rows = u_BLE.shape[2:], B_BLGN.shape[2:]
+        factors = [_scale(scales.u, channels), _scale(scales.dt, channels), _scale(scales.B, rows),
+                   _scale(scales.C, rows), _scale(scales.z, channels)]
+    direct = native.runs_directly(u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, initial_state_BEN)
+    y, final, _ = (run_forward if direct else scan_op)(
+        u_BLE, dt_BLE, _fp32(A_EN), B_BLGN, C_BLGN, _fp32(D_E), z_BLE, _fp32(dt_bias_E), _fp32(z_scale_E),
+        _fp32(initial_state_BEN), resets_BL, *factors, dt_softplus, reverse, not direct)
     return y, final
 
 

@@ -3,8 +3,8 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t          y_t = C_t . h_t + D u_t          (Mamba, arXiv 2312.00752, Alg. 2)
 
 Computed in fp32 (fp64 where an input is fp64), whatever the inputs' dtype. The locally bi-directional form (LBMamba,
-arXiv 2506.15976) adds, inside windows of K tokens, the state of a scan that runs backward, hR_t = a_t hR_{t+1} + b_t, and
-reads H_t = hL_t + hR_t - b_t. Windows start at the first token of each packed sequence.
+arXiv 2506.15976) adds, inside windows of K tokens, the state of a scan that runs backward, hR_t = a_t hR_{t+1} + b_t,
+and reads H_t = hL_t + hR_t - b_t. Windows start at the first token of each packed sequence.
 
 Legend: B batch, L tokens, E channels, N d_state, G groups.
 """

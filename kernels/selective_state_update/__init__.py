@@ -12,7 +12,8 @@ from mambacompress.kernels.selective_state_update.reference import selective_sta
 
 
 def selective_state_update(
-    state_BEN: Tensor, u_BE: Tensor, dt_BE: Tensor, A_EN: Tensor, B_BGN: Tensor, C_BGN: Tensor, D_E: Tensor | None = None,
+    state_BEN: Tensor, u_BE: Tensor, dt_BE: Tensor, A_EN: Tensor, B_BGN: Tensor, C_BGN: Tensor,
+    D_E: Tensor | None = None,
     z_BE: Tensor | None = None, dt_bias_E: Tensor | None = None, *, dt_softplus: bool = True,
     z_scale_E: Tensor | None = None, scales: ScanScales | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,8 @@ def selective_state_update(
         raise ValueError(f"selective_state_update wants u [B, E] and B [B, G, N], not {tuple(u_BE.shape)} and "
                          f"{tuple(B_BGN.shape)}")
     y_BLE, new_BEN = selective_scan(
-        u_BE[:, None], dt_BE[:, None], A_EN, B_BGN[:, None], C_BGN[:, None], D_E, None if z_BE is None else z_BE[:, None],
+        u_BE[:, None], dt_BE[:, None], A_EN, B_BGN[:, None], C_BGN[:, None], D_E, None if z_BE is None else z_BE[:,
+                                                                                                                 None],
         dt_bias_E, dt_softplus=dt_softplus, z_scale_E=z_scale_E, initial_state_BEN=state_BEN, scales=scales)
     return y_BLE[:, 0], new_BEN
 

@@ -20,9 +20,9 @@ def ssd_scan(
     """h_t = exp(dt A) h_{t-1} + dt x B^T;  y = h C + D x.
 
     x: [B, L, H, P]; dt: [B, L, H]; A, D, dt_bias: [H], A negative; B, C: [B, L, G, N] with H divisible by G.
-    dt = clamp(softplus(dt + dt_bias), *dt_limit). initial_state: [B, H, P, N], zeros where None. seq_idx: [B, L]; the state
-    restarts from zero where it changes. Returns (y [B, L, H, P] in x's dtype, final state [B, H, P, N], fp32 or fp64).
-    Raises ValueError where shapes do not fit.
+    dt = clamp(softplus(dt + dt_bias), *dt_limit). initial_state: [B, H, P, N], zeros where None. seq_idx: [B, L]; the
+    state restarts from zero where it changes. Returns (y [B, L, H, P] in x's dtype, final state [B, H, P, N], fp32 or
+    fp64). Raises ValueError where shapes do not fit.
     """
     check_shapes(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, initial_state_BHPN, seq_idx_BL)
     if chunk_size < 1:

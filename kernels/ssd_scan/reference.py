@@ -1,10 +1,11 @@
 """Readable torch for the scan of Mamba-2: chunks of tokens as matrix products, states passed from chunk to chunk.
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T          y_t = h_t C_t + D x_t           (Mamba-2, arXiv 2405.21060, sec. 6)
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T    y_t = h_t C_t + D x_t    (Mamba-2, arXiv 2405.21060, sec. 6)
 
-A is one number a head. Inside a chunk, token i reads token j <= i with weight exp(s_i - s_j) (C_i . B_j) dt_j, where s is the
-running sum of dt A; what came before the chunk is read through its state. Decays are always exp of a difference <= 0, so
-nothing overflows. Computed in fp32 (fp64 where an input is). ``ssd_scan_sequential`` is the same law token by token.
+A is one number a head. Inside a chunk, token i reads token j <= i with weight exp(s_i - s_j) (C_i . B_j) dt_j, where s
+is the running sum of dt A; what came before the chunk is read through its state. Decays are always exp of a difference
+<= 0, so nothing overflows. Computed in fp32 (fp64 where an input is). ``ssd_scan_sequential`` is the same law token by
+token.
 
 Legend: B batch, L tokens, H heads, P head_dim, G groups, N d_state, Q tokens of a chunk.
 """
@@ -49,7 +50,8 @@ def ssd_scan_reference(
     parts = []
     for start in range(0, length, chunk_size):
         chunk = slice(start, min(start + chunk_size, length))
-        x_BQHP, dt_BQH, B_BQHN, C_BQHN, segment_BQ = x[:, chunk], dt[:, chunk], B[:, chunk], C[:, chunk], segment[:, chunk]
+        x_BQHP, dt_BQH, B_BQHN, C_BQHN, segment_BQ = x[:, chunk], dt[:, chunk], B[:, chunk], C[:, chunk], segment[:,
+                                                                                                                  chunk]
         sums_BHQ = (dt_BQH * A_H.to(dtype)).transpose(1, 2).cumsum(-1)
         tokens = sums_BHQ.shape[-1]
         causal_QQ = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).tril()
@@ -63,7 +65,8 @@ def ssd_scan_reference(
         end = segment_BQ[:, -1:]
         to_end_BQH = torch.exp(sums_BHQ[..., -1:] - sums_BHQ).transpose(1, 2) * (segment_BQ == end).to(dtype)[..., None]
         keep_BH = torch.exp(sums_BHQ[..., -1]) * (end == last).to(dtype)
-        state = state * keep_BH[..., None, None] + torch.einsum("bqhp,bqhn->bhpn", scaled_BQHP * to_end_BQH[..., None], B_BQHN)
+        state = state * keep_BH[..., None, None] + torch.einsum("bqhp,bqhn->bhpn", scaled_BQHP * to_end_BQH[..., None],
+                                                                B_BQHN)
         last = end
     y_BLHP = torch.cat(parts, 1) if parts else x
     if D_H is not None:

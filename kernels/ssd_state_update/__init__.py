@@ -12,7 +12,8 @@ from mambacompress.kernels.ssd_state_update.reference import ssd_state_update_re
 
 
 def ssd_state_update(
-    state_BHPN: Tensor, x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, D_H: Tensor | None = None,
+    state_BHPN: Tensor, x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor,
+    D_H: Tensor | None = None,
     dt_bias_H: Tensor | None = None, *, dt_softplus: bool = True, dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> tuple[Tensor, Tensor]:
     """One step of ``ssd_scan`` from ``state_BHPN``, which is not changed.
@@ -20,9 +21,11 @@ def ssd_state_update(
     x: [B, H, P]; dt: [B, H]; B, C: [B, G, N]; the rest as there. Returns (y [B, H, P], new state [B, H, P, N]).
     """
     if x_BHP.dim() != 3 or B_BGN.dim() != 3:
-        raise ValueError(f"ssd_state_update wants x [B, H, P] and B [B, G, N], not {tuple(x_BHP.shape)} and {tuple(B_BGN.shape)}")
+        raise ValueError(f"ssd_state_update wants x [B, H, P] and B [B, G, N], not {tuple(x_BHP.shape)} and "
+                         f"{tuple(B_BGN.shape)}")
     check_shapes(x_BHP[:, None], dt_BH[:, None], A_H, B_BGN[:, None], C_BGN[:, None], D_H, dt_bias_H, state_BHPN, None)
-    return ssd_state_update_reference(state_BHPN, x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, dt_bias_H, dt_softplus=dt_softplus,
+    return ssd_state_update_reference(state_BHPN, x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, dt_bias_H,
+                                      dt_softplus=dt_softplus,
                                       dt_limit=dt_limit)
 
 

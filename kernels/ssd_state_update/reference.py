@@ -11,7 +11,8 @@ from mambacompress.kernels.ssd_scan.reference import ssd_scan_sequential
 
 
 def ssd_state_update_reference(
-    state_BHPN: Tensor, x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, D_H: Tensor | None = None,
+    state_BHPN: Tensor, x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor,
+    D_H: Tensor | None = None,
     dt_bias_H: Tensor | None = None, *, dt_softplus: bool = True, dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> tuple[Tensor, Tensor]:
     """See ``ssd_state_update``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -62,7 +63,8 @@ def randn(*shape: int) -> Tensor:
 def scan_problem(batch: int, length: int, channels: int, states: int, groups: int = 1) -> dict[str, Tensor]:
     return {
         "u_BLE": randn(batch, length, channels), "dt_BLE": randn(batch, length, channels) * 0.5 - 1,
-        "A_EN": -torch.rand(channels, states, dtype=torch.float64) * 4 - 0.1, "B_BLGN": randn(batch, length, groups, states),
+        "A_EN": -torch.rand(channels, states, dtype=torch.float64) * 4 - 0.1, "B_BLGN": randn(batch, length, groups,
+                                                                                              states),
         "C_BLGN": randn(batch, length, groups, states), "D_E": randn(channels), "z_BLE": randn(batch, length, channels),
         "dt_bias_E": randn(channels) * 0.1, "initial_state_BEN": randn(batch, channels, states)}
 
@@ -90,7 +92,8 @@ def run(op: Callable[..., tuple[Tensor, Tensor]], problem: dict[str, Tensor], **
     leaves = {name: t.detach().clone().requires_grad_() for name, t in problem.items()}
     y, final = op(**leaves, **options)
     generator = torch.Generator().manual_seed(7)
-    loss = sum((out.double() * torch.randn(out.shape, dtype=torch.float64, generator=generator)).sum() for out in (y, final))
+    loss = sum((out.double() * torch.randn(out.shape, dtype=torch.float64, generator=generator)).sum() for out in (y,
+                                                                                                                   final))
     assert isinstance(loss, Tensor)
     loss.backward()
     return {"y": y.detach(), "final": final.detach(),
@@ -115,4 +118,4 @@ def packed_ids(batch: int, length: int, sequences: int = 3) -> Tensor:
 def runs_of(ids_L: Tensor) -> list[slice]:
     """The packed sequences of one row."""
     edges = [0, *(int(i) + 1 for i in torch.nonzero(ids_L[1:] != ids_L[:-1])), len(ids_L)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(edges)]

@@ -68,7 +68,8 @@ def test_steps_and_chunks_equal_prefill_bit_for_bit(dtype: torch.dtype, name: st
         for size in (1, 2, 33):
             state, parts = p["initial_state"], []
             for start in range(0, 70, size):
-                part, state = causal_conv1d(p["x_BLE"][:, start:start + size], p["weight_EK"], p["bias_E"], initial_state=state)
+                part, state = causal_conv1d(p["x_BLE"][:, start:start + size], p["weight_EK"], p["bias_E"],
+                                            initial_state=state)
                 parts.append(part)
             assert_same(torch.cat(parts, 1), y, name)
             assert torch.equal(state, final)

@@ -34,7 +34,8 @@ def test_it_is_the_recurrence() -> None:
         for t in range(4):
             dt = math.log1p(math.exp(float(p["dt_BLE"][0, t, e] + p["dt_bias_E"][e])))
             u, z = float(p["u_BLE"][0, t, e]), float(p["z_BLE"][0, t, e])
-            h = [math.exp(dt * float(p["A_EN"][e, n])) * h[n] + dt * float(p["B_BLGN"][0, t, 0, n]) * u for n in range(3)]
+            h = [math.exp(dt * float(p["A_EN"][e, n])) * h[n] + dt * float(p["B_BLGN"][0, t, 0,
+                                                                                       n]) * u for n in range(3)]
             out = sum(h[n] * float(p["C_BLGN"][0, t, 0, n]) for n in range(3)) + float(p["D_E"][e]) * u
             assert float(y[0, t, e]) == pytest.approx(out * z / (1 + math.exp(-z)), rel=1e-12)
         assert final[0, e].tolist() == pytest.approx(h, rel=1e-12)
@@ -146,7 +147,8 @@ def test_int8_inputs_are_their_dequantized_values(name: str) -> None:
     p = {k: v.float() for k, v in scan_problem(2, 20, 18, 16).items()}
     names = {"u": "u_BLE", "dt": "dt_BLE", "B": "B_BLGN", "C": "C_BLGN", "z": "z_BLE"}
     scales = {"u": 0.03, "dt": torch.rand(18) * 0.02 + 0.01, "B": torch.tensor(0.02), "C": 0.025, "z": 0.04}
-    q = {full: torch.clamp(torch.round(p[full] / scales[short]), -127, 127).to(torch.int8) for short, full in names.items()}
+    q = {full: torch.clamp(torch.round(p[full] / scales[short]), -127, 127).to(torch.int8) for short,
+         full in names.items()}
     with backend(name):
         y, final = selective_scan(**{**p, **q}, scales=ScanScales(**scales))
     floats = {full: q[full].float() * scales[short] for short, full in names.items()}

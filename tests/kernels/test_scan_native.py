@@ -1,4 +1,5 @@
-"""Native selective scan and convolution against their fp64 references: every instruction set, odd sizes, gradients, threads."""
+"""Native selective scan and convolution against their fp64 references: every instruction set, odd sizes, gradients,
+threads."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def test_views_of_larger_tensors_need_no_copy_and_give_the_same() -> None:
     rows = torch.cat([p["dt_BLE"], p["B_BLGN"].flatten(2), p["C_BLGN"].flatten(2)], -1)
     u, z = xz.chunk(2, -1)
     dt, B, C = rows.split([18, 16, 16], -1)
-    views = {**p, "u_BLE": u, "z_BLE": z, "dt_BLE": dt, "B_BLGN": B.unflatten(-1, (1, 16)), "C_BLGN": C.unflatten(-1, (1, 16))}
+    B, C = (rows.unflatten(-1, (1, 16)) for rows in (B, C))
+    views = {**p, "u_BLE": u, "z_BLE": z, "dt_BLE": dt, "B_BLGN": B, "C_BLGN": C}
     for a, b in zip(selective_scan(**views), selective_scan(**p), strict=True):
         assert torch.equal(a, b)
 
@@ -139,6 +141,7 @@ def test_the_custom_op_is_well_formed() -> None:
     from mambacompress.kernels.selective_scan.cpu import scan_op
 
     p = cast(scan_problem(2, 5, 6, 4), torch.float32)
-    arguments = (p["u_BLE"], p["dt_BLE"], p["A_EN"], p["B_BLGN"], p["C_BLGN"], p["D_E"], p["z_BLE"], p["dt_bias_E"], None,
+    arguments = (p["u_BLE"], p["dt_BLE"], p["A_EN"], p["B_BLGN"], p["C_BLGN"], p["D_E"], p["z_BLE"], p["dt_bias_E"],
+                 None,
                  p["initial_state_BEN"], None, None, None, None, None, None, True, False, True)
     torch.library.opcheck(scan_op, arguments, test_utils=("test_schema", "test_faketensor"))

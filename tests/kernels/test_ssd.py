@@ -45,7 +45,8 @@ def test_gradcheck_of_the_reference(packed: bool) -> None:
     names = list(p)
     ids = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]]) if packed else None
     assert torch.autograd.gradcheck(
-        lambda *t: ssd_scan_reference(**dict(zip(names, t, strict=True)), chunk_size=2, seq_idx_BL=ids), tuple(p.values()))
+        lambda *t: ssd_scan_reference(**dict(zip(names, t, strict=True)), chunk_size=2, seq_idx_BL=ids),
+        tuple(p.values()))
 
 
 def test_decode_agrees_with_prefill() -> None:
