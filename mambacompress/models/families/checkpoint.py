@@ -8,6 +8,7 @@ A live model in memory is the same thing to a caller (``live_checkpoint``), its 
 
 from __future__ import annotations
 
+import copy
 import json
 import zipfile
 from collections.abc import Callable
@@ -96,9 +97,10 @@ class Checkpoint:
 
 
 def empty_host(config: Any, *, prove: bool = True) -> ModelMap:
-    """An adopted host on the meta device: every shape, no weight."""
+    """An adopted host on the meta device: every shape, no weight. ``config`` is copied: passes may edit it."""
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(config)
     family_of(config.model_type)
     with torch.device("meta"):
         host = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
