@@ -93,7 +93,7 @@ def run(checkpoint: Checkpoint, recipe: Recipe, tokens_SL: Tensor, out: Path, *,
     manifest["source"] = source_name
     _check(manifest, recipe)
     files = artifact.assemble(work.parts(), storage_directory := work.fresh("artifact"))
-    files += _write_documents(storage_directory, checkpoint, recipe, manifest, extra_files)
+    files += _write_documents(storage_directory, checkpoint, planned.model_map, recipe, manifest, extra_files)
     artifact.finish(storage_directory, manifest, files)
     if out.exists():
         out.rmdir()
@@ -354,11 +354,12 @@ def _check(manifest: dict[str, Any], recipe: Recipe) -> None:
                           f"{checks.max_perplexity_ratio}", "use a gentler recipe, or raise checks.max_perplexity_ratio")
 
 
-def _write_documents(directory: Path, checkpoint: Checkpoint, recipe: Recipe, manifest: dict[str, Any],
-                     extra_files: Sequence[Path]) -> list[str]:
+def _write_documents(directory: Path, checkpoint: Checkpoint, model_map: ModelMap, recipe: Recipe,
+                     manifest: dict[str, Any], extra_files: Sequence[Path]) -> list[str]:
     from mambacompress.card import model_card
 
-    config = json.loads(checkpoint.config.to_json_string(use_diff=True))
+    host: Any = model_map.host
+    config = json.loads(host.config.to_json_string(use_diff=True))  # a pass may have untied the head
     config["quantization_config"] = {"quant_method": artifact.METHOD, "schema_version": artifact.SCHEMA_VERSION}
     config["architectures"] = [manifest["architecture"]]
     storage.write_json(directory / "config.json", config)
