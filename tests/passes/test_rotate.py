@@ -7,16 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from mambacompress import artifact, pipeline
 from mambacompress.errors import UserError
 from mambacompress.kernels.hadamard import largest_block
+from mambacompress.models.families.checkpoint import live_checkpoint
 from mambacompress.models.heads import TransformedHead
 from mambacompress.models.modelmap import RESIDUAL, Stream
 from mambacompress.models.packed import OnlineHadamard
 from mambacompress.passes.bases import KINDS, deal, eigenvectors, equalise, klt_hadamard, orthogonal_basis
 from mambacompress.passes.fuse_norms import FuseNorms
 from mambacompress.passes.rotate import Rotate
+from mambacompress.recipe import load_recipe
 from mambacompress.schema import RotateConfig
 
 HOSTS = ("mamba", "mamba2", "falcon_mamba")
@@ -383,3 +387,27 @@ def test_klt_without_text_is_an_error(exact_model: Any) -> None:
     rotate.plan(model.map)
     with pytest.raises(UserError, match="no calibration text"):
         rotate.prepare(model.map)
+
+
+# -- through the pipeline --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_artifact_of_a_rotated_tied_model(make_host: Any, tmp_path: Any, untie: bool) -> None:
+    """Tied: one vocabulary matrix in the file. Untied: two, and the caller's own configuration stays tied."""
+    host = make_host("mamba", tie_word_embeddings=True)
+    rotate = {"residual": "klt-hadamard", "dt": "klt-hadamard", "out": "hadamard", "untie": untie}
+    recipe = load_recipe({"name": "rotated", "passes": [{"fuse_norms": {}}, {"smooth": {"gate": "on", "conv": "on"}},
+                                                        {"rotate": rotate}]})
+    ids = torch.randint(0, host.config.vocab_size, (4, 16))
+    with torch.no_grad():
+        before = host(ids).logits
+        pipeline.run(live_checkpoint(host), recipe, ids, tmp_path / "out")
+        loaded = artifact.load(tmp_path / "out")
+        after = loaded(ids).logits
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+    assert host.config.tie_word_embeddings
+    assert loaded.config.tie_word_embeddings == (not untie)
+    shapes = [tuple(handle.get_slice(name).get_shape()) for file in (tmp_path / "out").glob("*.safetensors")
+              for handle in [safe_open(file, "pt")] for name in handle.keys()]  # noqa: SIM118
+    assert shapes.count((host.config.vocab_size, 32)) == (2 if untie else 1)
