@@ -156,7 +156,7 @@ def _propagate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Any) -> tu
 scan_op.register_autograd(_propagate, setup_context=_save_for_backward)
 
 
-def _fp32(x: Tensor | None) -> Tensor | None:
+def _fp32(x: Tensor | None) -> Any:
     return None if x is None else x.float().contiguous()
 
 
@@ -172,7 +172,8 @@ def selective_scan_cpu(
         factors = [_scale(scales.u, channels), _scale(scales.dt, channels), _scale(scales.B, rows),
                    _scale(scales.C, rows), _scale(scales.z, channels)]
     direct = native.runs_directly(u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, initial_state_BEN)
-    y, final, _ = (run_forward if direct else scan_op)(
+    run: Any = run_forward if direct else scan_op
+    y, final, _ = run(
         u_BLE, dt_BLE, _fp32(A_EN), B_BLGN, C_BLGN, _fp32(D_E), z_BLE, _fp32(dt_bias_E), _fp32(z_scale_E),
         _fp32(initial_state_BEN), resets_BL, *factors, dt_softplus, reverse, not direct)
     return y, final

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mambacompress.kernels.registry import choose
+from mambacompress.kernels.selective_scan.reference import compute_dtype, same_as_previous
+from mambacompress.kernels.ssd_scan.cpu import ssd_scan_cpu
 from mambacompress.kernels.ssd_scan.reference import ssd_scan_reference, ssd_scan_sequential
 from mambacompress.kernels.tolerances import compare
 
@@ -27,6 +30,13 @@ def ssd_scan(
     check_shapes(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, initial_state_BHPN, seq_idx_BL)
     if chunk_size < 1:
         raise ValueError(f"ssd_scan: chunk_size must be at least 1, not {chunk_size}")
+    lacks = [what for what, asked in (
+        ("fp64 inputs", compute_dtype(dt_BLH, A_H, B_BLGN, C_BLGN, initial_state_BHPN) == torch.float64),
+        ("int8 inputs", x_BLHP.dtype == torch.int8), ("an empty sequence", x_BLHP.shape[1] == 0)) if asked]
+    if choose("ssd_scan", x_BLHP.device, x_BLHP.dtype, lacks) == "native":
+        resets_BL = None if seq_idx_BL is None else ~same_as_previous(seq_idx_BL)
+        return ssd_scan_cpu(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, dt_softplus=dt_softplus,
+                            dt_limit=dt_limit, initial_state_BHPN=initial_state_BHPN, resets_BL=resets_BL)
     return ssd_scan_reference(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, dt_softplus=dt_softplus,
                               dt_limit=dt_limit, chunk_size=chunk_size, initial_state_BHPN=initial_state_BHPN,
                               seq_idx_BL=seq_idx_BL)

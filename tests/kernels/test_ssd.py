@@ -5,15 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mambacompress.kernels import native
 from mambacompress.kernels.registry import backend
 from mambacompress.kernels.selective_scan import selective_scan
 from mambacompress.kernels.ssd_scan import ssd_scan, ssd_scan_reference, ssd_scan_sequential
 from mambacompress.kernels.ssd_state_update import ssd_state_update
 from mambacompress.kernels.tolerances import CHUNKED_VERSUS_STEPS, FORWARD, GRADIENT, rms_ratio
-from tests.kernels.scans import assert_close, cast, packed_ids, randn, run, runs_of, ssd_problem
+from tests.kernels.scans import (
+    assert_close,
+    at_level,
+    available_levels,
+    cast,
+    nan_filled,
+    needs_native,
+    packed_ids,
+    randn,
+    run,
+    runs_of,
+    ssd_problem,
+    threads,
+)
 
 TOKENS = ("x_BLHP", "dt_BLH", "B_BLGN", "C_BLGN")
-SIZES = [(1, 1, 2, 3, 4, 1), (2, 3, 4, 5, 7, 2), (2, 63, 4, 8, 16, 2), (1, 257, 2, 17, 5, 1)]
+SIZES = [(1, 1, 2, 3, 4, 1), (2, 3, 4, 5, 7, 2), (2, 63, 4, 8, 16, 2), (1, 257, 8, 17, 5, 1)]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -49,7 +63,13 @@ def test_gradcheck_of_the_reference(packed: bool) -> None:
         tuple(p.values()))
 
 
-def test_decode_agrees_with_prefill() -> None:
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_decode_agrees_with_prefill(name: str) -> None:
+    with backend(name):
+        _decode_agrees_with_prefill(exact=name == "auto" and native.library() is not None)
+
+
+def _decode_agrees_with_prefill(exact: bool) -> None:
     p = cast(ssd_problem(2, 50, 4, 8, 16, 2), torch.float32)
     y, final = ssd_scan(**p, chunk_size=16)
     state, parts = p["initial_state_BHPN"], []
@@ -57,6 +77,9 @@ def test_decode_agrees_with_prefill() -> None:
         y_t, state = ssd_state_update(state, p["x_BLHP"][:, t], p["dt_BLH"][:, t], p["A_H"], p["B_BLGN"][:, t],
                                       p["C_BLGN"][:, t], p["D_H"], p["dt_bias_H"])
         parts.append(y_t)
+    if exact:
+        assert torch.equal(torch.stack(parts, 1), y)
+        assert torch.equal(state, final)
     assert rms_ratio(torch.stack(parts, 1), y) < CHUNKED_VERSUS_STEPS
     assert rms_ratio(state, final) < CHUNKED_VERSUS_STEPS
 
@@ -101,13 +124,70 @@ def test_strong_decay_over_long_chunks_stays_finite() -> None:
         assert torch.isfinite(t).all()
 
 
+def against_fp64(problem: dict[str, torch.Tensor], dtype: torch.dtype, name: str, **options: object) -> None:
+    """The backend of that name in ``dtype`` against the recurrence in fp64, outputs and gradients."""
+    p = cast(problem, dtype, ("A_H", "D_H", "dt_bias_H", "initial_state_BHPN"))
+    with backend("reference"):
+        reference = run(ssd_scan_sequential, {k: v.double() for k, v in p.items()}, **options)
+    with backend(name), nan_filled():
+        result = run(ssd_scan, p, chunk_size=32, **options)
+    assert_close(result, reference, FORWARD[dtype], GRADIENT[dtype])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_gradients_against_fp64(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    p = cast(ssd_problem(*size), dtype, ("A_H", "D_H", "dt_bias_H", "initial_state_BHPN"))
-    reference = run(ssd_scan_sequential, {k: v.double() for k, v in p.items()})
-    result = run(ssd_scan, p, chunk_size=32)
-    assert_close(result, reference, FORWARD[dtype] * 5, GRADIENT[dtype] * 5)
+def test_reference_in_low_precision(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    against_fp64(ssd_problem(*size), dtype, "reference")
+
+
+@needs_native
+@pytest.mark.parametrize("level", available_levels())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (1, 20, 6, 64, 128, 1)], ids=str)
+def test_native_parity_and_gradients(level: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    with at_level(level):
+        against_fp64(ssd_problem(*size), dtype, "native")
+
+
+@needs_native
+@pytest.mark.parametrize("absent", [("D_H",), ("dt_bias_H",), ("initial_state_BHPN",)], ids=str)
+def test_native_optional_inputs(absent: tuple[str, ...]) -> None:
+    problem = {k: v for k, v in ssd_problem(2, 20, 4, 5, 16, 2).items() if k not in absent}
+    against_fp64(problem, torch.float32, "native")
+
+
+@needs_native
+@pytest.mark.parametrize("level", available_levels())
+@pytest.mark.parametrize("options", [{"packed": True}, {"dt_limit": (0.1, 0.4)}, {"dt_softplus": False}], ids=str)
+def test_native_options(level: str, options: dict[str, object]) -> None:
+    problem = ssd_problem(2, 40, 4, 5, 18, 2)
+    passed = {k: v for k, v in options.items() if k != "packed"}
+    if "packed" in options:
+        passed["seq_idx_BL"] = packed_ids(2, 40)
+    if "dt_softplus" in options:
+        problem["dt_BLH"] = problem["dt_BLH"].abs() + 0.5
+    with at_level(level):
+        against_fp64(problem, torch.float32, "native", **passed)
+
+
+@needs_native
+def test_one_and_two_threads_give_the_same_bits() -> None:
+    problem = cast(ssd_problem(3, 65, 6, 16, 32, 1), torch.float32)
+    results = []
+    for count in (1, 2):
+        with threads(count), backend("native"):
+            results.append(run(ssd_scan, problem))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@needs_native
+def test_the_custom_op_is_well_formed() -> None:
+    from mambacompress.kernels.ssd_scan.cpu import scan_op
+
+    p = cast(ssd_problem(2, 5, 4, 3, 4, 2), torch.float32)
+    arguments = (p["x_BLHP"], p["dt_BLH"], p["A_H"], p["B_BLGN"], p["C_BLGN"], p["D_H"], p["dt_bias_H"],
+                 p["initial_state_BHPN"], None, True, 0.0, 1.0, True)
+    torch.library.opcheck(scan_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_errors_name_the_tensor() -> None:
