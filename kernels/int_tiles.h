@@ -54,7 +54,7 @@ static inline float quantize_row(const float* x, int64_t n, const float* fixed_s
         std::memcpy(&magnitude, &largest, 4);
         scale = magnitude / qmax;
         if (scale < std::numeric_limits<float>::min()) scale = std::numeric_limits<float>::min();
-        answer = scale;
+        answer = largest >= 0x7f800000u ? std::numeric_limits<float>::quiet_NaN() : scale;
     }
     V by = set1(scale), top = set1(qmax), bottom = set1(-qmax);
     for (int64_t i = 0; i < n; i += W) {

@@ -57,8 +57,8 @@ def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | No
 def _run(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int,
          activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
     if registry.choose("int4_linear", x.device, x.dtype, lacks(x, qweight, scale)) == "native":
-        return integer_linear("mc_int4_linear", x, qweight, scale, zero, bias, qweight.shape[0], scale.shape[1], activation,
-                              act_scale, act_bits)
+        return integer_linear("mc_int4_linear", x, qweight, scale, zero, bias, scale.shape[1], activation, act_scale,
+                              act_bits)
     return int4_linear_reference(x, qweight, scale, zero, bias, group_size=group_size, activation=activation,
                                  act_scale=act_scale, act_bits=act_bits)
 

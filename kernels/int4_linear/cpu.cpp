@@ -28,11 +28,12 @@ constexpr int64_t ROWS4 = 12, COLUMNS4 = 32, STRIPE4 = 96;
 // Scales (and zero points, where the weight has its own) of `width` outputs, group by group.
 struct Factors {
     Scratch<float> scales;
-    Scratch<int32_t> zeros;
+    Scratch<int32_t> zeros, parts;  // parts: scratch of int4_dot
     int64_t width;
 
     Factors(const Linear& p, int64_t width)
-        : scales(size_t(p.groups * width)), zeros(size_t(p.zero ? p.groups * width : 1)), width(width) {}
+        : scales(size_t(p.groups * width)), zeros(size_t(p.zero ? p.groups * width : 1)),
+          parts(size_t(16 * 16 * std::max(p.groups, ceil_div(p.inputs, 128)))), width(width) {}
     void load(const Linear& p, int64_t first) {
         for (int64_t i = 0; i < width; i += 16) {
             pack_scales(p, first + i, scales.get() + i, width);
@@ -47,63 +48,75 @@ struct Factors {
     }
 };
 
-// 16 outputs for a few rows. SHARE: groups in 128 inputs (4, 2, 1), or 0 where a group is a whole number of 128s or all.
+// The dot products of one weight row with one row of activations, a vector of 16 partial sums a run of `run` bytes (a multiple
+// of 64, but for the last): to[0], to[step], ... The weight is read in order: interleaved reads of 16 rows cost half the speed.
+MC_INLINE void int4_run(__m512i& acc, __m512i w, const int8_t* codes) {
+    const __m512i low = _mm512_set1_epi8(15);
+    dot_add(acc, _mm512_and_si512(w, low), _mm512_loadu_si512(codes));
+    dot_add(acc, _mm512_and_si512(_mm512_srli_epi16(w, 4), low), _mm512_loadu_si512(codes + 64));
+}
+
+static inline void int4_runs(const uint8_t* weight, int64_t row_bytes, int64_t run, const int8_t* codes, __m512i* to,
+                             int64_t step) {
+    int64_t k = 0;
+    if (run == 64) {
+        MC_UNROLL(4)
+        for (; k + 64 <= row_bytes; k += 64, to += step) {
+            __m512i acc = _mm512_setzero_si512();
+            int4_run(acc, _mm512_loadu_si512(weight + k), codes + 2 * k);
+            _mm512_store_si512(to, acc);
+        }
+    } else {
+        for (; k + run <= row_bytes && run % 64 == 0; to += step) {
+            __m512i acc = _mm512_setzero_si512();
+            for (int64_t end = k + run; k < end; k += 64) int4_run(acc, _mm512_loadu_si512(weight + k), codes + 2 * k);
+            _mm512_store_si512(to, acc);
+        }
+    }
+    if (k == row_bytes) return;
+    __m512i acc = _mm512_setzero_si512();  // the last run, where it is not a whole number of vectors
+    for (; k < row_bytes; k += 64) int4_run(acc, _mm512_maskz_loadu_epi8(bytes(row_bytes - k), weight + k), codes + 2 * k);
+    _mm512_store_si512(to, acc);
+}
+
+// 16 outputs for a few rows. SHARE: groups in 128 inputs (4 or 2), or 0 where a group is a whole number of 128s or all.
 template <int SHARE>
 static inline void int4_dot(const Linear& p, Rows& rows, int64_t first, Factors& factors) {
-    const int64_t row_bytes = p.inputs / 2, group_bytes = row_bytes / p.groups;
-    const uint8_t* weight[16];
-    for (int i = 0; i < 16; ++i)
-        weight[i] = static_cast<const uint8_t*>(p.weight) + std::min(first + i, p.outputs - 1) * row_bytes;
+    const int64_t row_bytes = p.inputs / 2, run = SHARE ? 64 : row_bytes / p.groups, runs = ceil_div(row_bytes, run);
+    __m512i* parts = reinterpret_cast<__m512i*>(factors.parts.get());
     factors.load(p, first);
-    const __m512i low = _mm512_set1_epi8(15);
     for (int64_t m = 0; m < p.rows; ++m) {
         const int8_t* codes = rows.codes.get() + m * rows.stride;
         const int32_t* sums = rows.sums.get() + m * p.groups;
+        for (int i = 0; i < 16; ++i)
+            int4_runs(static_cast<const uint8_t*>(p.weight) + std::min(first + i, p.outputs - 1) * row_bytes, row_bytes, run,
+                      codes, parts + i, 16);
         __m512 total = _mm512_setzero_ps();
         auto add = [&](int64_t group, __m512i sum) {
+            if (group >= p.groups) return;
             __m512i exact = _mm512_sub_epi32(sum, factors.excess(p, group, 0, sums[group]));
             __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), factors.scale(group, 0));
             total = group == 0 ? part : _mm512_add_ps(total, part);
         };
-        __m512i acc[16];
-        for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
-        for (int64_t k = 0; k < row_bytes; k += 64) {
-            __m512i even = _mm512_loadu_si512(codes + 2 * k), odd = _mm512_loadu_si512(codes + 2 * k + 64);
-            if (row_bytes - k >= 64) {
-                MC_UNROLL(16)
-                for (int i = 0; i < 16; ++i) {
-                    __m512i w = _mm512_loadu_si512(weight[i] + k);
-                    dot_add(acc[i], _mm512_and_si512(w, low), even);
-                    dot_add(acc[i], _mm512_and_si512(_mm512_srli_epi16(w, 4), low), odd);
-                }
-            } else {
-                __mmask64 part = bytes(row_bytes - k);
-                MC_UNROLL(16)
-                for (int i = 0; i < 16; ++i) {
-                    __m512i w = _mm512_maskz_loadu_epi8(part, weight[i] + k);
-                    dot_add(acc[i], _mm512_and_si512(w, low), even);
-                    dot_add(acc[i], _mm512_and_si512(_mm512_srli_epi16(w, 4), low), odd);
-                }
-            }
+        for (int64_t r = 0; r < runs; ++r) {
+            const __m512i* acc = parts + r * 16;
             if (SHARE == 0) {
-                if (k + 64 < row_bytes && (k + 64) % group_bytes) continue;
-                add(k / group_bytes, full_sums(acc));
+                add(r, full_sums(acc));
             } else if (SHARE == 2) {
                 __m512i left, right;
                 half_sums(acc, left, right);
-                add(k / 32, left);
-                if (k + 32 < row_bytes) add(k / 32 + 1, right);
+                add(2 * r, left);
+                add(2 * r + 1, right);
             } else {
                 __m512i z[4];
                 quarter_sums(acc, z);
                 __m512i a = _mm512_shuffle_i32x4(z[0], z[1], 0x88), b = _mm512_shuffle_i32x4(z[0], z[1], 0xdd);
                 __m512i c = _mm512_shuffle_i32x4(z[2], z[3], 0x88), d = _mm512_shuffle_i32x4(z[2], z[3], 0xdd);
-                add(k / 16, _mm512_shuffle_i32x4(a, c, 0x88));
-                if (k + 16 < row_bytes) add(k / 16 + 1, _mm512_shuffle_i32x4(b, d, 0x88));
-                if (k + 32 < row_bytes) add(k / 16 + 2, _mm512_shuffle_i32x4(a, c, 0xdd));
-                if (k + 48 < row_bytes) add(k / 16 + 3, _mm512_shuffle_i32x4(b, d, 0xdd));
+                add(4 * r, _mm512_shuffle_i32x4(a, c, 0x88));
+                add(4 * r + 1, _mm512_shuffle_i32x4(b, d, 0x88));
+                add(4 * r + 2, _mm512_shuffle_i32x4(a, c, 0xdd));
+                add(4 * r + 3, _mm512_shuffle_i32x4(b, d, 0xdd));
             }
-            for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
         }
         finish_lanes(p, rows, m, first, total);
     }

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambacompress.kernels.int8_linear.reference import int_matmul, quantize_rows, weight_only, wide_dtype
+from mambacompress.kernels.int8_linear.reference import int_matmul, quantize_input, weight_only, wide_dtype
 
 OFFSET = 8
 
@@ -61,7 +61,7 @@ def int4_linear_reference(
         y_TO = weight_only(x_TI.to(wide), lambda rows: dequantize_int4(
             qweight[rows], scale_OG[rows], None if zero_OG is None else zero_OG[rows], wide), (outputs, inputs))
     else:
-        q_TI, token_scale = quantize_rows(x_TI, activation, act_bits, act_scale)
+        q_TI, token_scale = quantize_input(x_TI, activation, act_bits, act_scale)
         y_TO = x_TI.new_zeros(())
         for group in range(inputs // group_size):
             columns = slice(group * group_size, (group + 1) * group_size)

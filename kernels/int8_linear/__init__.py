@@ -25,7 +25,6 @@ from mambacompress.kernels.int8_linear.reference import (
     wide_dtype,
 )
 
-
 LARGEST_INPUTS = 1 << 16  # 127 * 127 * 2^16 < 2^31: sums stay exact
 
 
@@ -74,8 +73,7 @@ def check_input(op: str, x: Tensor, outputs: int, inputs: int, bias: Tensor | No
 def _run(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
          act_bits: int) -> Tensor:
     if registry.choose("int8_linear", x.device, x.dtype, lacks(x, qweight, scale)) == "native":
-        return integer_linear("mc_int8_linear", x, qweight, scale, None, bias, qweight.shape[0], 1, activation, act_scale,
-                              act_bits)
+        return integer_linear("mc_int8_linear", x, qweight, scale, None, bias, 1, activation, act_scale, act_bits)
     return int8_linear_reference(x, qweight, scale, bias, activation=activation, act_scale=act_scale, act_bits=act_bits)
 
 
@@ -114,5 +112,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _op.register_autograd(_backward, setup_context=_setup)
 
-__all__ = ["MODES", "check_input", "int8_linear", "int8_linear_reference", "int_matmul", "lacks", "qmax_of", "quantize_rows",
-           "weight_only", "wide_dtype"]
+__all__ = ["MODES", "check_input", "int8_linear", "int8_linear_reference", "int_matmul", "lacks", "qmax_of",
+           "quantize_rows", "weight_only", "wide_dtype"]

@@ -33,11 +33,10 @@ static inline void int8_dot(const Linear& p, Rows& rows, int64_t first) {
         const int8_t* codes = rows.codes.get() + m * rows.stride;
         __m512i acc[16];
         for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_si512();
-        for (int64_t k = 0; k < whole; k += 64) {
-            __m512i a = _mm512_loadu_si512(codes + k);
-            MC_UNROLL(16)
-            for (int i = 0; i < 16; ++i) dot_add(acc[i], _mm512_xor_si512(_mm512_loadu_si512(weight[i] + k), flip), a);
-        }
+        MC_UNROLL(16)
+        for (int i = 0; i < 16; ++i)
+            for (int64_t k = 0; k < whole; k += 64)
+                dot_add(acc[i], _mm512_xor_si512(_mm512_loadu_si512(weight[i] + k), flip), _mm512_loadu_si512(codes + k));
         if (whole < p.inputs) {
             __m512i a = _mm512_loadu_si512(codes + whole);
             __mmask64 part = bytes(p.inputs - whole);
@@ -67,9 +66,10 @@ static inline void int8_tile(const Linear& p, Rows& rows, int64_t m, int64_t fir
             dot_add_quad(acc[r][1], right, codes + r * stride + q);
         }
     }
+    MC_UNROLL(2)
     for (int half = 0; half < 2; ++half) {
         int64_t at = first + 16 * half;
-        if (at >= p.outputs) break;
+        if (at >= p.outputs) return;
         __m512 scale = _mm512_maskz_loadu_ps(lanes(p.outputs - at), static_cast<const float*>(p.scale) + at);
         MC_UNROLL(12)
         for (int r = 0; r < R; ++r) finish_lanes(p, rows, m + r, at, _mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][half]), scale));

@@ -2,7 +2,8 @@
 
 Activations: q = clamp(round_half_even(x / s), ±qmax) with qmax = 127 (8 bits) or 7 (4 bits). A token's scale is
 max(absmax / qmax, 2^-126): never zero, so a row of zeros needs no special case and the error stays below s / 2
-however small the row. NaN or Inf in a row makes that row's output NaN.
+however small the row. NaN in a row makes that row's output NaN, as does Inf where the scale is dynamic (a static
+scale clamps it).
 
 The product is exact in int32. Then, elementwise and in this order, in fp32 (fp64 where x is fp64):
 
@@ -57,9 +58,22 @@ def quantize_rows(x: Tensor, mode: str, bits: int = 8, scale: Tensor | None = No
     return q, scale
 
 
+def quantize_input(x_TI: Tensor, mode: str, bits: int, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``quantize_rows`` for a linear: the scale of a row that holds a NaN is NaN in every mode, so NaN is never
+    rounded away.
+    """
+    q_TI, used = quantize_rows(x_TI, mode, bits, scale)
+    if mode == "tensor":
+        used = torch.where(x_TI.isnan().any(-1, keepdim=True), torch.nan, used)
+    return q_TI, used
+
+
 def int_matmul(a_TI: Tensor, b_OI: Tensor) -> Tensor:
-    """a bᵀ in exact int32, [T, O], for int8 operands."""
-    if a_TI.device.type == "cpu" and int_mm_is_exact():
+    """a bᵀ in exact int32, [T, O], for int8 operands.
+
+    With a single input, torch._int_mm leaves its result uninitialised (torch 2.13, CPU): that goes another way.
+    """
+    if a_TI.device.type == "cpu" and a_TI.shape[1] > 1 and int_mm_is_exact():
         return torch._int_mm(a_TI, b_OI.t())
     if a_TI.device.type == "cuda":
         return _int_mm_padded(a_TI, b_OI)
@@ -109,7 +123,7 @@ def int8_linear_reference(
     if activation == "none":
         y_TO = weight_only(x_TI.to(wide), lambda rows: qweight_OI[rows].to(wide), qweight_OI.shape) * scale_O
     else:
-        q_TI, token_scale = quantize_rows(x_TI, activation, act_bits, act_scale)
+        q_TI, token_scale = quantize_input(x_TI, activation, act_bits, act_scale)
         y_TO = int_matmul(q_TI, qweight_OI).to(wide) * scale_O * token_scale
     if bias_O is not None:
         y_TO = y_TO + bias_O.to(wide)

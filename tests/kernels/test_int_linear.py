@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mambacompress.kernels.int4_linear import int4_linear, pack_nibbles, unpack_nibbles
-from mambacompress.kernels.int8_linear import int8_linear, int_matmul
+from mambacompress.kernels import native, registry
+from mambacompress.kernels.int4_linear import int4_linear, int4_linear_reference, pack_nibbles, unpack_nibbles
+from mambacompress.kernels.int8_linear import int8_linear, int8_linear_reference, int_matmul
 from mambacompress.kernels.int8_linear import reference as int8_reference
 
 SETTINGS = settings(deadline=None, max_examples=40, derandomize=True)
@@ -45,6 +48,16 @@ def test_product_is_exact(rows: int, inputs: int, outputs: int, data: st.DataObj
     b = torch.from_numpy(data.draw(hnp.arrays(np.int8, (outputs, inputs), elements=elements)))
     assert torch.equal(int_matmul(a, b).long(), a.long() @ b.long().T)
     assert torch.equal(int8_reference._int_matmul_fp32(a, b).long(), a.long() @ b.long().T)
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 3])
+def test_product_of_very_few_inputs(inputs: int) -> None:
+    """torch._int_mm returns uninitialised memory for one input: now and then, so ask often."""
+    for rows in range(1, 10):
+        for outputs in (1, 2, 5, 14, 24):
+            a, b = (torch.randint(-128, 128, (n, inputs), dtype=torch.int8) for n in (rows, outputs))
+            for _ in range(20):
+                assert torch.equal(int_matmul(a, b).long(), a.long() @ b.long().T)
 
 
 def test_product_is_exact_where_sums_are_largest() -> None:
@@ -111,12 +124,17 @@ def test_a_row_does_not_depend_on_the_others(mode: str, bits: int, dtype: torch.
             assert torch.equal(run(x[200:200 + count]), together[200:200 + count])
 
 
-def test_special_rows_stay_apart() -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_special_rows_stay_apart(backend: str) -> None:
     x, q, scale, bias = int8_problem(6, 32, 8)
-    clean = int8_linear(x, q, scale, bias)
-    x[1], x[2], x[3] = 0.0, float("nan"), x[3] * 1e-43
-    x[4, 0] = float("inf")
-    y = int8_linear(x, q, scale, bias)
+    with registry.backend(backend):
+        clean = int8_linear(x, q, scale, bias)
+        x[1], x[2], x[3] = 0.0, float("nan"), x[3] * 1e-43
+        x[4, 0] = float("inf")
+        y = int8_linear(x, q, scale, bias)
+        static = int8_linear(x, q, scale, bias, activation="tensor", act_scale=torch.tensor(0.01))
+    assert torch.isnan(static[2]).all()
+    assert torch.isfinite(static[[0, 1, 3, 4, 5]]).all()  # a static scale clamps Inf
     assert torch.equal(y[[0, 5]], clean[[0, 5]])
     assert torch.equal(y[1], bias)
     assert torch.isnan(y[2]).all()
@@ -189,3 +207,106 @@ def test_int8_refusals(change: dict, message: str) -> None:
 def test_int4_refusals(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         int4_linear(**({**int4_problem(2, 16, 5, 8), "group_size": 8} | change))
+
+
+# -- native code -----------------------------------------------------------------------------------------------------
+
+SHAPES = [(1, 64, 16), (1, 48, 33), (3, 7, 5), (4, 1536, 80), (8, 768, 40), (9, 768, 40), (13, 100, 31), (30, 48, 100),
+          (100, 160, 70)]
+needs_native = pytest.mark.skipif(native.library() is None, reason=native.why_not())
+
+
+@pytest.fixture(params=native.LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Native code forced to one instruction set."""
+    try:
+        native.force_level(request.param)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    yield request.param
+    native.force_level(None)
+
+
+def groups_of(inputs: int) -> list[int]:
+    return [g for g in (2, 16, 24, 32, 48, 64, 80, 128, 256, inputs) if g <= inputs and inputs % g == 0 and g % 2 == 0]
+
+
+@needs_native
+@pytest.mark.parametrize(("mode", "bits"), MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_native_is_the_reference(level: str, shape: tuple[int, int, int], mode: str, bits: int) -> None:
+    arguments = {"activation": mode, "act_scale": torch.tensor(0.02), "act_bits": bits}
+
+    def same(native_y: Tensor, y: Tensor, what: str) -> None:
+        if mode != "none":
+            assert torch.equal(native_y, y), what
+            return
+        error = (native_y.double() - y.double()).norm() / y.double().norm()
+        assert error < (2e-6 if y.dtype == torch.float32 else 4e-3), what
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, q, scale, bias = int8_problem(*shape)
+        x = x.to(dtype)
+        with registry.backend("native"):
+            y = int8_linear(x, q, scale, bias, **arguments)
+        same(y, int8_linear_reference(x, q, scale, bias, **arguments), f"int8 {dtype}")
+        for group in groups_of(shape[1]) if shape[1] % 2 == 0 else []:
+            for asymmetric in (False, True):
+                four = int4_problem(*shape, group, asymmetric) | {"x": x}
+                if asymmetric:
+                    four["scale"] = four["scale"].float()
+                with registry.backend("native"):
+                    y = int4_linear(**four, group_size=group, **arguments)
+                expected = int4_linear_reference(*(four[k] for k in ("x", "qweight", "scale", "zero", "bias")),
+                                                 group_size=group, **arguments)
+                same(y, expected, f"int4 {dtype} groups of {group} {asymmetric}")
+
+
+@needs_native
+@pytest.mark.parametrize(("mode", "bits"), MODES)
+def test_native_prefill_is_decode_at_any_number_of_threads(level: str, mode: str, bits: int) -> None:
+    """Also weight-only: unlike torch's float product, ours sums every row in the same order."""
+    x, q, scale, bias = int8_problem(300, 192, 70)
+    four = int4_problem(1, 192, 70, 64)
+    arguments = {"activation": mode, "act_scale": torch.tensor(0.03), "act_bits": bits}
+    threads = torch.get_num_threads()
+    try:
+        for run in (lambda v: int8_linear(v, q, scale, bias, **arguments),
+                    lambda v: int4_linear(**(four | {"x": v}), group_size=64, **arguments)):
+            torch.set_num_threads(1)
+            together = run(x)
+            assert torch.isfinite(together).all()
+            for count in (1, 2, 5, 8, 9, 23):
+                assert torch.equal(run(x[100:100 + count]), together[100:100 + count])
+            torch.set_num_threads(2)
+            assert torch.equal(run(x), together)
+            assert torch.equal(run(x[100:101]), together[100:101])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+def test_native_is_what_runs() -> None:
+    x, q, scale, bias = int8_problem(2, 32, 8)
+    with registry.strict():
+        int8_linear(x, q, scale, bias)
+        int4_linear(**int4_problem(2, 32, 8, 16), group_size=16)
+        with pytest.raises(registry.KernelFallback, match="float64"):
+            int8_linear(x.double(), q, scale, bias)
+    assert {("int8_linear", "native"), ("int4_linear", "native")} <= {(c.op, c.backend) for c in registry.chosen()}
+
+
+@needs_native
+def test_native_reads_nothing_past_the_end() -> None:
+    """Weights at the very end of a mapping: a read beyond them would fault."""
+    import mmap
+
+    page = mmap.PAGESIZE
+    for outputs, inputs in ((17, 100), (16, 64), (5, 34)):
+        memory = mmap.mmap(-1, (outputs * inputs // page + 1) * page)
+        start = len(memory) - outputs * inputs
+        q = torch.frombuffer(memory, dtype=torch.int8, offset=start).reshape(outputs, inputs)
+        q.copy_(torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8))
+        for rows in (1, 20):
+            x, scale = torch.randn(rows, inputs), torch.rand(outputs)
+            assert torch.equal(int8_linear(x, q, scale), int8_linear_reference(x, q, scale))
