@@ -107,6 +107,50 @@ MC_INLINE V scale_by_power(V p, V n) {
 MC_INLINE V operator-(V a) { return set1(0.0f) - a; }
 MC_INLINE V zero() { return set1(0.0f); }
 
+// W rows of W floats, `from_stride` apart, written transposed, `to_stride` apart.
+MC_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+#if MC_WIDTH == 16
+    __m512 r[16], t[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * from_stride);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    auto pairs = [](__m512 a, __m512 b, bool high) {
+        __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+        return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+    };
+    for (int i = 0; i < 16; i += 4)  // r[i + j]: in lane l, column 4 l + j of rows i .. i + 3
+        for (int j = 0; j < 4; ++j) r[i + j] = pairs(t[i + j / 2], t[i + j / 2 + 2], j & 1);
+    for (int j = 0; j < 4; ++j) {
+        __m512 low = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), low2 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+        __m512 high = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd), high2 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+        _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
+        _mm512_storeu_ps(to + (4 + j) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
+        _mm512_storeu_ps(to + (8 + j) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
+        _mm512_storeu_ps(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
+    }
+#elif MC_WIDTH == 8
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * from_stride);
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 4; ++j)
+            r[i + j] = j & 1 ? _mm256_shuffle_ps(t[i + j / 2], t[i + j / 2 + 2], 0xee)
+                             : _mm256_shuffle_ps(t[i + j / 2], t[i + j / 2 + 2], 0x44);
+    for (int j = 0; j < 4; ++j) {
+        _mm256_storeu_ps(to + j * to_stride, _mm256_permute2f128_ps(r[j], r[4 + j], 0x20));
+        _mm256_storeu_ps(to + (4 + j) * to_stride, _mm256_permute2f128_ps(r[j], r[4 + j], 0x31));
+    }
+#else
+    for (int i = 0; i < W; ++i)
+        for (int j = 0; j < W; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
+}
+
 // The first `count` floats at p, zeros behind them.
 MC_INLINE V load_part(const float* p, int count) {
     if (count >= W) return load(p);

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels.registry import choose
-from mambacompress.kernels.selective_scan.cpu import selective_scan_cpu
-from mambacompress.kernels.selective_scan.reference import compute_dtype, same_as_previous, selective_scan_reference
+from mambacompress.kernels.selective_scan.cpu import resets, selective_scan_cpu, windowed_scan_cpu
+from mambacompress.kernels.selective_scan.reference import compute_dtype, selective_scan_reference
 from mambacompress.kernels.tolerances import compare
 
 
@@ -52,23 +52,21 @@ def selective_scan(
     check_scales({"u": u_BLE, "dt": dt_BLE, "B": B_BLGN, "C": C_BLGN, "z": z_BLE}, scales)
     length = u_BLE.shape[1]
     lacks = [what for what, asked in (
-        ("a window", window is not None), ("gradients for z_scale", z_scale_E is not None and z_scale_E.requires_grad),
+        ("gradients for z_scale", z_scale_E is not None and z_scale_E.requires_grad),
         ("fp64 inputs", compute_dtype(dt_BLE, A_EN, B_BLGN, C_BLGN, initial_state_BEN) == torch.float64),
         ("an empty sequence", length == 0)) if asked]
     if choose("selective_scan", u_BLE.device, u_BLE.dtype, lacks) == "native":
+        if window is not None:
+            return windowed_scan_cpu(
+                u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, dt_softplus=dt_softplus,
+                z_scale_E=z_scale_E, initial_state_BEN=initial_state_BEN, reverse=reverse, window=window,
+                seq_idx_BL=seq_idx_BL, scales=scales)
         return selective_scan_cpu(
             u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, dt_softplus=dt_softplus, z_scale_E=z_scale_E,
-            initial_state_BEN=initial_state_BEN, reverse=reverse, resets_BL=_resets(seq_idx_BL, reverse), scales=scales)
+            initial_state_BEN=initial_state_BEN, reverse=reverse, resets_BL=resets(seq_idx_BL, reverse), scales=scales)
     return selective_scan_reference(
         u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, dt_softplus=dt_softplus, z_scale_E=z_scale_E,
         initial_state_BEN=initial_state_BEN, reverse=reverse, window=window, seq_idx_BL=seq_idx_BL, scales=scales)
-
-
-def _resets(seq_idx_BL: Tensor | None, reverse: bool) -> Tensor | None:
-    """[B, L] bool: the state restarts before this token."""
-    if seq_idx_BL is None:
-        return None
-    return ~same_as_previous(seq_idx_BL.flip(1)).flip(1) if reverse else ~same_as_previous(seq_idx_BL)
 
 
 def check_shapes(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,

@@ -52,21 +52,28 @@ MC_INLINE bool restarts(const Scan& p, int64_t b, int64_t t) {
     return p.resets.data && static_cast<const uint8_t*>(p.resets.data)[b * p.resets.batch + t * p.resets.token];
 }
 
-// [count channels, N] in memory <-> [N][W] vectors; padding lanes are zero.
-MC_INLINE void gather(const float* from, int64_t N, int count, float factor, float* to) {
-    for (int64_t n = 0; n < N; ++n)
-        for (int i = 0; i < W; ++i) to[n * W + i] = i < count ? from[i * N + n] * factor : 0.0f;
+// [count channels, N] in memory -> [N][W] vectors; padding lanes are zero.
+MC_INLINE void gather(const float* from, int64_t N, int count, float* to) {
+    int64_t n = 0;
+    if (count == W)
+        for (; n + W <= N; n += W) transpose(from + n, N, to + n * W, W);
+    for (; n < N; ++n)
+        for (int i = 0; i < W; ++i) to[n * W + i] = i < count ? from[i * N + n] : 0.0f;
 }
 
 // A log2 e as [N][W] vectors. A = -inf (a state that forgets at once) becomes a number just as good.
 MC_INLINE void gather_decay(const float* A, int64_t N, int count, float* to) {
-    gather(A, N, count, LOG2E, to);
-    for (int64_t n = 0; n < N; ++n) store(to + n * W, vmax(set1(-1e30f), load(to + n * W)));
+    gather(A, N, count, to);
+    for (int64_t n = 0; n < N; ++n) store(to + n * W, vmax(set1(-1e30f), load(to + n * W) * set1(LOG2E)));
 }
 
+// The way back; padding lanes are dropped.
 MC_INLINE void scatter(const float* from, int64_t N, int count, float* to) {
+    int64_t n0 = 0;
+    if (count == W)
+        for (; n0 + W <= N; n0 += W) transpose(from + n0 * W, W, to + n0, N);
     for (int i = 0; i < count; ++i)
-        for (int64_t n = 0; n < N; ++n) to[i * N + n] = from[n * W + i];
+        for (int64_t n = n0; n < N; ++n) to[i * N + n] = from[n * W + i];
 }
 
 // The B and C rows of a tile's tokens, as floats: rows[token][n].
@@ -220,7 +227,7 @@ void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_
         int count = int(std::min<int64_t>(W, last - c));
         gather_decay(p.A + c * N, N, count, A2 + k * size);
         if (p.initial)
-            gather(p.initial + (b * p.channels + c) * N, N, count, 1.0f, state + k * size);
+            gather(p.initial + (b * p.channels + c) * N, N, count, state + k * size);
         else
             std::memset(state + k * size, 0, sizeof(float) * size_t(size));
     }
@@ -318,7 +325,7 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
         int count = int(std::min<int64_t>(W, last - c));
         gather_decay(p.A + c * N, N, count, A2 + k * size);
         if (g.dfinal)
-            gather(g.dfinal + (b * p.channels + c) * N, N, count, 1.0f, dh_all + k * size);
+            gather(g.dfinal + (b * p.channels + c) * N, N, count, dh_all + k * size);
         else
             std::memset(dh_all + k * size, 0, sizeof(float) * size_t(size));
     }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels import native
+from mambacompress.kernels.selective_scan.reference import dequantize, same_as_previous, silu_scaled, softplus
 
 TILE = 16  # tokens between two checkpoints of the state, as in cpu.cpp
 LANES = 16  # the widest vector of channels
@@ -177,6 +178,63 @@ def selective_scan_cpu(
         u_BLE, dt_BLE, _fp32(A_EN), B_BLGN, C_BLGN, _fp32(D_E), z_BLE, _fp32(dt_bias_E), _fp32(z_scale_E),
         _fp32(initial_state_BEN), resets_BL, *factors, dt_softplus, reverse, not direct)
     return y, final
+
+
+def windowed_scan_cpu(
+    u_BLE: Tensor, dt_BLE: Tensor, A_EN: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_E: Tensor | None,
+    z_BLE: Tensor | None, dt_bias_E: Tensor | None, *, dt_softplus: bool, z_scale_E: Tensor | None,
+    initial_state_BEN: Tensor | None, reverse: bool, window: int, seq_idx_BL: Tensor | None, scales: Any,
+) -> tuple[Tensor, Tensor]:
+    """The locally bi-directional scan as two native ones: forward, plus backward with every window a sequence of its
+    own.
+
+    H = hL + hR - b, so y is the sum of both scans less what a token adds itself, dt u (B . C), which both hold.
+    """
+    out_dtype = u_BLE.dtype if u_BLE.is_floating_point() else torch.float32
+    u, dt, B, C = (dequantize(t, getattr(scales, name, None), torch.float32) for name, t in
+                   (("u", u_BLE), ("dt", dt_BLE), ("B", B_BLGN), ("C", C_BLGN)))
+    if dt_bias_E is not None:
+        dt = dt + dt_bias_E.float()
+    if dt_softplus:
+        dt = softplus(dt)
+    if reverse:  # windows start at the first token of the scan
+        u, dt, B, C = (t.flip(1) for t in (u, dt, B, C))
+        seq_idx_BL = None if seq_idx_BL is None else seq_idx_BL.flip(1)
+
+    def scan(backward: bool, initial: Tensor | None, resets_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+        return selective_scan_cpu(u, dt, A_EN, B, C, None, None, None, dt_softplus=False, z_scale_E=None,
+                                  initial_state_BEN=initial, reverse=backward, resets_BL=resets_BL, scales=None)
+
+    forward, final = scan(False, initial_state_BEN, resets(seq_idx_BL, False))
+    backward, _ = scan(True, None, resets(window_ids(u, window, seq_idx_BL), True))
+    own_BLG = (B * C).sum(-1)
+    own_BLE = own_BLG.repeat_interleave(u.shape[2] // own_BLG.shape[2], 2) * dt * u
+    y = forward + backward - own_BLE
+    if D_E is not None:
+        y = y + u * D_E.float()
+    if reverse:
+        y = y.flip(1)
+    if z_BLE is not None:
+        y = y * silu_scaled(dequantize(z_BLE, getattr(scales, "z", None), torch.float32), z_scale_E)
+    return y.to(out_dtype), final
+
+
+def window_ids(u_BLE: Tensor, window: int, seq_idx_BL: Tensor | None) -> Tensor:
+    """[B, L]: which window a token is in; windows are counted from the first token of each packed sequence."""
+    position_L = torch.arange(u_BLE.shape[1])
+    if seq_idx_BL is None:
+        return (position_L // window).expand(u_BLE.shape[0], -1)
+    starts_BL = ~same_as_previous(seq_idx_BL)
+    first_BL = torch.where(starts_BL, position_L, 0).cummax(1).values
+    begins_BL = starts_BL | ((position_L - first_BL) % window == 0)
+    return begins_BL.long().cumsum(1)
+
+
+def resets(seq_idx_BL: Tensor | None, reverse: bool) -> Tensor | None:
+    """[B, L] bool: the state restarts before this token."""
+    if seq_idx_BL is None:
+        return None
+    return ~same_as_previous(seq_idx_BL.flip(1)).flip(1) if reverse else ~same_as_previous(seq_idx_BL)
 
 
 def _scale(scale: Tensor | float | None, shape: tuple[int, ...]) -> Tensor | None:

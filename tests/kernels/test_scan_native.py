@@ -73,6 +73,14 @@ def test_options(level: str, options: dict[str, bool]) -> None:
         both(problem, torch.float32, **passed)
 
 
+@pytest.mark.parametrize("window", [1, 4, 5, 16, 100])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_windows(window: int, packed: bool, reverse: bool) -> None:
+    both(scan_problem(2, 40, 19, 16), torch.float32, window=window, reverse=reverse,
+         seq_idx_BL=packed_ids(2, 40) if packed else None)
+
+
 def test_views_of_larger_tensors_need_no_copy_and_give_the_same() -> None:
     """u and z are halves of one projection, dt, B and C slices of another, as in a mixer."""
     p = cast(scan_problem(2, 20, 18, 16), torch.float32)
