@@ -18,11 +18,13 @@ def doctor() -> None:
     """
     from importlib.metadata import PackageNotFoundError, version
 
+    from mambacompress import __version__
     from mambacompress.cli import render
     from mambacompress.kernels import registry
 
     typer.echo(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in ("mambacompress", "torch", "transformers", "safetensors", "triton", "lm_eval"):
+    typer.echo(f"mambacompress {__version__}")
+    for name in ("torch", "transformers", "safetensors", "triton", "lm_eval"):
         try:
             typer.echo(f"{name} {version(name)}")
         except PackageNotFoundError:
