@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -62,21 +62,35 @@ class Settings:
     repeats: int = 5
 
 
-@dataclass
+class _Bar:
+    """Called with the steps done; ``expect`` states how many there will be. Draws nothing without rich bars."""
+
+    def __init__(self, bars: Any, task: Any) -> None:
+        self.bars, self.task = bars, task
+
+    def __call__(self, count: int) -> None:
+        if self.bars is not None:
+            self.bars.advance(self.task, count)
+
+    def expect(self, total: int) -> None:
+        if self.bars is not None:
+            self.bars.update(self.task, total=total)
+
+
+@dataclass(frozen=True)
 class _Progress:
     """Rich bars, or nothing."""
 
     bars: Any = None
-    _ids: list[Any] = field(default_factory=list)
 
     @contextmanager
-    def task(self, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    def task(self, title: str, total: int | None = None) -> Iterator[_Bar]:
         if self.bars is None:
-            yield lambda _: None
+            yield _Bar(None, None)
             return
         task = self.bars.add_task(title, total=total)
         try:
-            yield lambda count: self.bars.advance(task, count)
+            yield _Bar(self.bars, task)
         finally:
             self.bars.remove_task(task)
 
@@ -152,7 +166,7 @@ def _rows(
     reference: tuple[Any, Any] | None = None
     reference_windows: dict[str, Windows] = {}
     for candidate in everyone:
-        with progress.task(f"{candidate.name}: load", None):
+        with progress.task(f"{candidate.name}: load"):
             model, tokenizer = candidate.loader()
         windows = {}
         for name, text in texts.items():
@@ -181,7 +195,7 @@ def _rows(
         if not tasks_named:
             row.not_measured.append("task accuracy: no task was named")
         if chosen.speed:
-            with progress.task(f"{candidate.name}: speed", None):
+            with progress.task(f"{candidate.name}: speed"):
                 _speed(row, candidate, model, chosen)
         else:
             row.not_measured.append("speed and peak memory: not asked for")
@@ -259,9 +273,16 @@ def _text(
 def _task(
     row: schema.ModelResult, name: str, model: Any, tokenizer: Any, chosen: Settings, progress: _Progress
 ) -> None:
-    with progress.task(f"{row.name}: {name}", None) as advance:
+    with progress.task(f"{row.name}: {name}") as bar:
         found = tasks.run_task(
-            model, tokenizer, name, data=chosen.data, limit=chosen.limit, seed=chosen.seed, advance=advance
+            model,
+            tokenizer,
+            name,
+            data=chosen.data,
+            limit=chosen.limit,
+            seed=chosen.seed,
+            advance=bar,
+            expect=bar.expect,
         )
     for result in found:
         value = (

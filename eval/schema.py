@@ -43,6 +43,7 @@ class Size(Strict):
     dtypes: dict[str, int]
     weights: int
     bits_per_weight: float
+    linear_bits: float | None
     other_files: dict[str, int]
     state_bytes: int | None
     state_note: str
@@ -121,8 +122,10 @@ class TaskResult(Strict):
 
 
 class Speed(Strict):
-    """Tokens a second: medians with their quartiles; peak anonymous bytes of a process that loads and runs the
-    model.
+    """Tokens a second: medians with their quartiles; peak anonymous bytes of a process that loads and runs the model.
+
+    start_bytes: what Python and its libraries held of the peak before loading. loop: whose decoding loop ran, ours or
+    transformers'.
     """
 
     prompt: int
@@ -133,6 +136,7 @@ class Speed(Strict):
     repeats: int
     threads: int
     peak_bytes: int | None
+    start_bytes: int | None
     note: str
     loop: str
     backend: str

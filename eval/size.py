@@ -8,8 +8,9 @@ read. The files' bytes are what is compared; the categories say where they go an
     scales       scales and zero points       masks   N:M masks and indices
     other        norms, biases, A, D, convolutions, transforms of the head
 
-Bits a weight = bits of embeddings + weights + scales + masks over the number of weights they stand for. How many a
-packed tensor stands for is not in its shape: the artifact's manifest says (int4 holds two a byte).
+Bits a weight = bits of embeddings + weights + scales + masks over the number of weights they stand for; linear bits
+leave out the embeddings. How many a packed tensor stands for is not in its shape: the artifact's manifest says (int4
+holds two a byte).
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class SizeOnDisk:
     dtypes: dict[str, int]
     weights: int
     bits_per_weight: float
+    linear_bits: float | None
     other_files: dict[str, int]
     state_bytes: int | None
     state_note: str
@@ -116,7 +118,7 @@ def measure(directory: str | Path) -> SizeOnDisk:
     layout = _json(directory / MANIFEST).get("layout", {})
     totals = dict.fromkeys(CATEGORIES, 0)
     dtypes: dict[str, int] = {}
-    header_bytes = weights = weight_bytes = 0
+    header_bytes = weights = weight_bytes = linear = 0
     for shard in shards:
         entries, header = read_header(shard)
         header_bytes += header
@@ -126,7 +128,9 @@ def measure(directory: str | Path) -> SizeOnDisk:
             dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + entry.nbytes
             if category != "other":
                 weight_bytes += entry.nbytes
-                weights += _weights_in(entry, layout)
+                count = _weights_in(entry, layout)
+                weights += count
+                linear += count if category != "embeddings" else 0
     named = {shard.name for shard in shards}
     others = {
         path.relative_to(directory).as_posix(): path.stat().st_size
@@ -135,17 +139,19 @@ def measure(directory: str | Path) -> SizeOnDisk:
     }
     state_bytes, state_note = state_of(_json(directory / "config.json"))
     tensor_bytes = sum(totals.values())
+    linear_bytes = totals["weights"] + totals["scales"] + totals["masks"]
     return SizeOnDisk(
-        tensor_bytes + header_bytes,
-        tensor_bytes,
-        header_bytes,
-        totals,
-        dtypes,
-        weights,
-        8 * weight_bytes / weights if weights else math.nan,
-        others,
-        state_bytes,
-        state_note,
+        file_bytes=tensor_bytes + header_bytes,
+        tensor_bytes=tensor_bytes,
+        header_bytes=header_bytes,
+        categories=totals,
+        dtypes=dtypes,
+        weights=weights,
+        bits_per_weight=8 * weight_bytes / weights if weights else math.nan,
+        linear_bits=8 * linear_bytes / linear if linear else None,
+        other_files=others,
+        state_bytes=state_bytes,
+        state_note=state_note,
     )
 
 

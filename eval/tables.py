@@ -68,7 +68,10 @@ def overview(report: ReportData) -> Table:
         ("Model", "Name; the recipe or a description below it"),
         ("File", "Bytes of the safetensors files, headers included"),
         ("Smaller", "The baseline's file divided by this one"),
-        ("Bits", "Codes, scales and masks of all matrices, embeddings included, over the number of weights"),
+        (
+            "Bits",
+            "Codes, scales and masks of all matrices, embeddings included, over the number of weights; below it without the embeddings",
+        ),
     ]
     columns += [
         (f"Perplexity, {text}", "Value, and the paired change from the baseline ± its standard error")
@@ -88,7 +91,7 @@ def overview(report: ReportData) -> Table:
         size = row.size
         cells.append(Cell(human_bytes(size.file_bytes), "", size.file_bytes) if size else missing(""))
         cells.append(_smaller(row, base))
-        cells.append(Cell(f"{size.bits_per_weight:.2f}", "", size.bits_per_weight) if size else missing(""))
+        cells.append(_bits(row))
         for text in texts:
             cells.append(_perplexity(row, text))
         found = row.agreement[0] if row.agreement else None
@@ -97,9 +100,7 @@ def overview(report: ReportData) -> Table:
         cells.append(
             Cell(f"{speed.decode:,.0f}", "tokens/s", speed.decode) if speed and speed.decode else missing("")
         )
-        cells.append(
-            Cell(human_bytes(speed.peak_bytes), "", speed.peak_bytes) if speed and speed.peak_bytes else missing("")
-        )
+        cells.append(_memory(row))
         rows.append(cells)
     return Table(
         "overview", "At a glance", "Click a column to sort. Differences are paired with the baseline.", columns, rows
@@ -266,7 +267,7 @@ def speed_table(report: ReportData) -> Table:
                     _rate(speed.decode, speed.decode_quartiles)
                     if speed.decode and speed.decode_quartiles
                     else missing(),
-                    Cell(human_bytes(speed.peak_bytes), "", speed.peak_bytes) if speed.peak_bytes else missing(),
+                    _memory(row),
                     Cell(str(speed.prompt), "", speed.prompt),
                     Cell(str(speed.repeats), "", speed.repeats),
                     Cell(str(speed.threads), "", speed.threads),
@@ -375,6 +376,28 @@ def _smaller(row: ModelResult, base: ModelResult | None) -> Cell:
         return missing("")
     factor = base.size.file_bytes / row.size.file_bytes
     return Cell(f"{factor:.2f}\u00d7", f"{percent(row.size.file_bytes / base.size.file_bytes, 1)}", factor)
+
+
+def _bits(row: ModelResult) -> Cell:
+    if row.size is None:
+        return missing("")
+    linear = row.size.linear_bits
+    return Cell(
+        f"{row.size.bits_per_weight:.2f}",
+        f"linear {linear:.2f}" if linear is not None else "",
+        row.size.bits_per_weight,
+    )
+
+
+def _memory(row: ModelResult) -> Cell:
+    if row.speed is None or not row.speed.peak_bytes:
+        return missing("")
+    start = row.speed.start_bytes
+    return Cell(
+        human_bytes(row.speed.peak_bytes),
+        f"{human_bytes(start)} before loading" if start else "",
+        row.speed.peak_bytes,
+    )
 
 
 def _perplexity(row: ModelResult, name: str) -> Cell:

@@ -104,11 +104,13 @@ def run_task(
     batch: int = 16,
     max_length: int = 2048,
     advance: Callable[[int], None] | None = None,
+    expect: Callable[[int], None] | None = None,
 ) -> list[TaskResult]:
     """Ask one task (or lm-eval group); a result for every task and metric in it.
 
-    limit: so many questions, drawn by ``seed`` (tasks of the hub: the first so many). Raises UserError where the task
-    is not known or its data cannot be had.
+    advance is told the sequences read, expect how many there will be at most. limit: so many questions, drawn by
+    ``seed`` (tasks of the hub: the first so many). Raises UserError where the task is not known or its data cannot be
+    had.
     """
     local = name in local_tasks()
     with _lm_eval():
@@ -117,7 +119,7 @@ def run_task(
         from mambacompress.eval.harness import Scorer
 
         manager = _manager(name, data_directory(data) if local else None, limit, seed)
-        scorer = Scorer(model, tokenizer, max_length=max_length, batch=batch, advance=advance or (lambda _: None))
+        scorer = Scorer(model, tokenizer, max_length=max_length, batch=batch, advance=advance, expect=expect)
         try:
             found = simple_evaluate(
                 scorer,

@@ -76,6 +76,8 @@ def test_bits_a_weight_count_scales_and_know_that_int4_holds_two(packed: Path) -
     assert found.weights == 50 * 32 + 128 * 32 + 32 * 64
     paid = found.categories["embeddings"] + found.categories["weights"] + found.categories["scales"]
     assert found.bits_per_weight == pytest.approx(8 * paid / found.weights)
+    linear = found.categories["weights"] + found.categories["scales"]
+    assert found.linear_bits == pytest.approx(8 * linear / (128 * 32 + 32 * 64))
 
 
 def test_a_float_model_costs_what_its_dtype_says(tmp_path: Path, tiny_mamba: Any) -> None:

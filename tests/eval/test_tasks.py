@@ -187,3 +187,24 @@ def test_every_local_task_has_yaml_that_names_no_place() -> None:
     for name in tasks.local_tasks():
         text = (tasks.TASKS / f"{name}.yaml").read_text()
         assert "/" not in text
+
+
+def test_a_model_is_read_and_not_touched(
+    tiny_mamba: Any, characters: Any, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HFLM ties the weights of a module it is given, and hands an artifact's quantization_config to transformers."""
+
+    def forbidden() -> None:
+        raise AssertionError("tied")
+
+    monkeypatch.setattr(tiny_mamba, "tie_weights", forbidden, raising=False)
+    tiny_mamba.config.quantization_config = {"quant_method": "mambacompress"}
+    (found,) = tasks.run_task(tiny_mamba, characters, "piqa", data=questions, limit=1)
+    assert len(found.values) == 1
+    assert tiny_mamba.config.quantization_config == {"quant_method": "mambacompress"}
+
+
+def test_progress_is_told_what_to_expect(tiny_mamba: Any, characters: Any, questions: Path) -> None:
+    totals: list[int] = []
+    tasks.run_task(tiny_mamba, characters, "piqa", data=questions, limit=2, expect=totals.append)
+    assert totals == [4]
