@@ -17,7 +17,8 @@ from mambacompress.models.modelmap import Block
 from mambacompress.passes.base import Pass
 
 _INNER_BYTES = 4 << 20
-_TRIAL_TOKENS = 4096
+_TRIAL_VALUES = 1 << 21
+"""Tokens x d_inner of a trial: 4,096 tokens at d_inner 512, and the same time at any width."""
 
 
 def batch_size(length: int, d_inner: int) -> int:
@@ -71,7 +72,7 @@ class BlockCalibration:
         return relative_error(iter(outputs), self._reference, self.hidden)
 
     def trial_error(self, block: Block) -> float:
-        sequences = max(1, _TRIAL_TOKENS // self.hidden[0].shape[1])
+        sequences = max(1, _TRIAL_VALUES // (self.hidden[0].shape[1] * getattr(block.mixer, "d_inner", 1)))
         hidden, reference = _first(self.hidden, sequences), _first(self._reference, sequences)
         trial = BlockCalibration(hidden, block, reference=reference, trial=True)
         candidate = block.copy()
