@@ -205,12 +205,13 @@ MC_INLINE void write(const View& view, int64_t b, int64_t t, int64_t c, int coun
     store_any(view.data, b * view.batch + t * view.token + c, int(view.dtype), x, count);
 }
 
-// Ask for the rows of `tokens` tokens from t on, W channels from c, ahead of their use.
-MC_INLINE void prefetch(const View& view, int64_t b, int64_t t, int64_t tokens, int64_t c) {
+// Ask the second-level cache for `count` channels from c of `tokens` tokens from t on, ahead of their use.
+MC_INLINE void prefetch(const View& view, int64_t b, int64_t t, int64_t tokens, int64_t c, int64_t count) {
     if (!view.data) return;
     const int64_t bytes = int64_t(dtype_bytes(int(view.dtype)));
     const char* at = static_cast<const char*>(view.data) + (b * view.batch + t * view.token + c) * bytes;
-    for (int64_t i = 0; i < tokens; ++i) __builtin_prefetch(at + i * view.token * bytes);
+    for (int64_t i = 0; i < tokens; ++i)
+        for (int64_t line = 0; line < count * bytes; line += 64) __builtin_prefetch(at + i * view.token * bytes + line, 0, 2);
 }
 
 // The sum of the lanes, always in the same order.

@@ -139,6 +139,18 @@ struct Advance {
     }
 };
 
+// What a tile holds of one block of channels on the way forward.
+struct Forward {
+    V dt[TILE], dtu[TILE], u[TILE], y[TILE];
+};
+
+// What belongs to W channels from c alone: the bias of dt, D, and the scale in the gate.
+MC_INLINE void read_channels(const Scan& p, int64_t c, int count, float* bias, float* D, float* z_scale) {
+    store(bias, p.dt_bias ? load_part(p.dt_bias + c, count) : zero());
+    store(D, p.D ? load_part(p.D + c, count) : zero());
+    store(z_scale, p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f));
+}
+
 // What a tile holds of one block of channels while its states are walked.
 struct Tile {
     V dt[TILE], dtu[TILE], u[TILE], y[TILE], slope[TILE], gy[TILE], gB[TILE], gA[TILE];
@@ -220,11 +232,14 @@ constexpr int FORWARD_STATES = MC_WIDTH == 16 ? 8 : 4, BACKWARD_STATES = MC_WIDT
 void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_t last, int64_t first_block) {
     const int64_t N = p.states, size = N * W, blocks = ceil_div(last - first, W);
     const int64_t tiles = ceil_div(p.length, TILE), row_blocks = p.groups * ceil_div(p.channels / p.groups, W);
-    Scratch<float> memory(size_t(2 * blocks * size + 2 * TILE * N));
-    float *A2 = memory.get(), *state = A2 + blocks * size, *B = state + blocks * size, *C = B + TILE * N;
+    Scratch<float> memory(size_t(2 * blocks * size + 3 * blocks * W + 2 * TILE * N));
+    Scratch<Forward> all{size_t(blocks)};
+    float *A2 = memory.get(), *state = A2 + blocks * size, *bias = state + blocks * size, *D = bias + blocks * W;
+    float *z_scale = D + blocks * W, *B = z_scale + blocks * W, *C = B + TILE * N;
     for (int64_t k = 0; k < blocks; ++k) {
         int64_t c = first + k * W;
         int count = int(std::min<int64_t>(W, last - c));
+        read_channels(p, c, count, bias + k * W, D + k * W, z_scale + k * W);
         gather_decay(p.A + c * N, N, count, A2 + k * size);
         if (p.initial)
             gather(p.initial + (b * p.channels + c) * N, N, count, state + k * size);
@@ -237,37 +252,39 @@ void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_
         read_rows(p.C, p, b, group, start, tokens, C);
         bool restart[TILE];
         for (int64_t t = 0; t < tokens; ++t) restart[t] = restarts(p, b, start + t);
+        const int64_t next = std::min(start + TILE, p.length), next_tokens = std::min(TILE, p.length - next);
+        for (const View* view : {&p.u, &p.dt, &p.z}) prefetch(*view, b, next, next_tokens, first, last - first);
+        // Token by token over all channels of the task: long contiguous reads, whatever the row stride.
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t k = 0; k < blocks; ++k) {
+                const int64_t c = first + k * W;
+                const int count = int(std::min<int64_t>(W, last - c));
+                Forward& at = all[size_t(k)];
+                at.u[t] = read(p.u, b, start + t, c, count);
+                at.dt[t] = step_size(p, read(p.dt, b, start + t, c, count), load(bias + k * W), nullptr);
+                at.dtu[t] = at.dt[t] * at.u[t];
+                at.y[t] = zero();
+            }
         for (int64_t k = 0; k < blocks; ++k) {
-            const int64_t c = first + k * W;
-            const int count = int(std::min<int64_t>(W, last - c));
             float* mine = state + k * size;
             if (p.checkpoints)
                 std::memcpy(p.checkpoints + ((b * tiles + tile) * row_blocks + first_block + k) * size, mine,
                             sizeof(float) * size_t(size));
-            const V bias = p.dt_bias ? load_part(p.dt_bias + c, count) : zero();
-            const V D = p.D ? load_part(p.D + c, count) : zero();
-            const V z_scale = p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f);
-            const bool wraps = k + 1 == blocks;  // what is read next: the next block, or the next tile's first
-            const int64_t next = wraps ? first : c + W, next_start = wraps ? std::min(start + TILE, p.length - 1) : start;
-            const int64_t next_tokens = std::min(TILE, p.length - next_start);
-            for (const View* view : {&p.u, &p.dt, &p.z}) prefetch(*view, b, next_start, next_tokens, next);
-            V dt[TILE], dtu[TILE], u[TILE], y[TILE];
-            for (int64_t t = 0; t < tokens; ++t) {
-                u[t] = read(p.u, b, start + t, c, count);
-                dt[t] = step_size(p, read(p.dt, b, start + t, c, count), bias, nullptr);
-                dtu[t] = dt[t] * u[t];
-                y[t] = zero();
-            }
-            for_states<FORWARD_STATES>(N, Advance{N, tokens, A2 + k * size, B, C, dt, dtu, restart, mine, y});
-            for (int64_t t = 0; t < tokens; ++t) {
-                V out = p.D ? fma(D, u[t], y[t]) : y[t];
+            Forward& at = all[size_t(k)];
+            for_states<FORWARD_STATES>(N, Advance{N, tokens, A2 + k * size, B, C, at.dt, at.dtu, restart, mine, at.y});
+        }
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t k = 0; k < blocks; ++k) {
+                const int64_t c = first + k * W;
+                const int count = int(std::min<int64_t>(W, last - c));
+                const Forward& at = all[size_t(k)];
+                V out = p.D ? fma(load(D + k * W), at.u[t], at.y[t]) : at.y[t];
                 if (p.z.data) {
                     V z = read(p.z, b, start + t, c, count);
-                    out = out * (z * sigmoid(z_scale * z));
+                    out = out * (z * sigmoid(load(z_scale + k * W) * z));
                 }
                 write(p.y, b, start + t, c, count, out);
             }
-        }
     }
     for (int64_t k = 0; k < blocks; ++k) {
         int64_t c = first + k * W;
@@ -316,13 +333,15 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
                    int64_t first_block, float* dB_part, float* dC_part, float* dA_part, float* dD_part, float* dbias_part) {
     const int64_t N = p.states, size = N * W, blocks = ceil_div(last - first, W);
     const int64_t tiles = ceil_div(p.length, TILE), row_blocks = p.groups * ceil_div(p.channels / p.groups, W);
-    Scratch<float> memory(size_t(3 * blocks * size + 2 * blocks * W + 2 * TILE * N));
+    Scratch<float> memory(size_t(3 * blocks * size + 5 * blocks * W + 2 * TILE * N));
     Scratch<Tile> tile_memory{size_t(blocks)};
     float *A2 = memory.get(), *dh_all = A2 + blocks * size, *dA_all = dh_all + blocks * size;
-    float *dD_all = dA_all + blocks * size, *dbias_all = dD_all + blocks * W, *B = dbias_all + blocks * W, *C = B + TILE * N;
+    float *dD_all = dA_all + blocks * size, *dbias_all = dD_all + blocks * W, *bias = dbias_all + blocks * W;
+    float *D = bias + blocks * W, *z_scale = D + blocks * W, *B = z_scale + blocks * W, *C = B + TILE * N;
     for (int64_t k = 0; k < blocks; ++k) {
         int64_t c = first + k * W;
         int count = int(std::min<int64_t>(W, last - c));
+        read_channels(p, c, count, bias + k * W, D + k * W, z_scale + k * W);
         gather_decay(p.A + c * N, N, count, A2 + k * size);
         if (g.dfinal)
             gather(g.dfinal + (b * p.channels + c) * N, N, count, dh_all + k * size);
@@ -336,52 +355,44 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
         read_rows(p.C, p, b, group, start, tokens, C);
         bool restart[TILE];
         for (int64_t t = 0; t < tokens; ++t) restart[t] = restarts(p, b, start + t);
-        for (int64_t k = 0; k < blocks; ++k) {
-            const int64_t c = first + k * W;
-            const int count = int(std::min<int64_t>(W, last - c));
-            const V bias = p.dt_bias ? load_part(p.dt_bias + c, count) : zero();
-            const V z_scale = p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f);
-            Tile& at = tile_memory[size_t(k)];
-            V dD = load(dD_all + k * W);
-            for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t next = std::max<int64_t>(start - TILE, 0), next_tokens = std::min(TILE, start);
+        for (const View* view : {&p.u, &p.dt, &p.z, &g.dy}) prefetch(*view, b, next, next_tokens, first, last - first);
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t k = 0; k < blocks; ++k) {
+                const int64_t c = first + k * W;
+                const int count = int(std::min<int64_t>(W, last - c));
+                Tile& at = tile_memory[size_t(k)];
                 at.u[t] = read(p.u, b, start + t, c, count);
-                at.dt[t] = step_size(p, read(p.dt, b, start + t, c, count), bias, &at.slope[t]);
+                at.dt[t] = step_size(p, read(p.dt, b, start + t, c, count), load(bias + k * W), &at.slope[t]);
                 at.dtu[t] = at.dt[t] * at.u[t];
                 at.gy[t] = read(g.dy, b, start + t, c, count);
                 if (p.z.data) {
                     V z = read(p.z, b, start + t, c, count);
-                    at.gy[t] = at.gy[t] * (z * sigmoid(z_scale * z));
+                    at.gy[t] = at.gy[t] * (z * sigmoid(load(z_scale + k * W) * z));
                 }
-                dD = fma(at.gy[t], at.u[t], dD);
+                store(dD_all + k * W, fma(at.gy[t], at.u[t], load(dD_all + k * W)));
                 at.y[t] = at.gB[t] = at.gA[t] = zero();
             }
-            store(dD_all + k * W, dD);
-        }
         const float* checkpoint = p.checkpoints + ((b * tiles + tile) * row_blocks + first_block) * size;
         Retreat walk{N, tokens, A2, B, C, checkpoint, restart, nullptr, dh_all, dA_all, nullptr, nullptr, g.dz.data != nullptr};
         for_states<BACKWARD_STATES>(
             N, RetreatBlocks{p, walk, blocks, b, group, start, tile_memory.get(), dB_part, dC_part});
-        for (int64_t k = 0; k < blocks; ++k) {
-            const int64_t c = first + k * W;
-            const int count = int(std::min<int64_t>(W, last - c));
-            const V D = p.D ? load_part(p.D + c, count) : zero();
-            const V z_scale = p.z_scale ? load_part(p.z_scale + c, count) : set1(1.0f);
-            const Tile& at = tile_memory[size_t(k)];
-            V dbias = load(dbias_all + k * W);
-            for (int64_t t = tokens - 1; t >= 0; --t) {
+        for (int64_t t = tokens - 1; t >= 0; --t)
+            for (int64_t k = 0; k < blocks; ++k) {
+                const int64_t c = first + k * W;
+                const int count = int(std::min<int64_t>(W, last - c));
+                const Tile& at = tile_memory[size_t(k)];
                 if (g.dz.data) {  // d(z s)/dz = s (1 + z_scale z (1 - s))
-                    V z = read(p.z, b, start + t, c, count), s = sigmoid(z_scale * z);
-                    V rise = s * fma(z_scale * z, set1(1.0f) - s, set1(1.0f));
-                    V y = p.D ? fma(D, at.u[t], at.y[t]) : at.y[t];
+                    V z = read(p.z, b, start + t, c, count), scaled = load(z_scale + k * W) * z, s = sigmoid(scaled);
+                    V rise = s * fma(scaled, set1(1.0f) - s, set1(1.0f));
+                    V y = fma(load(D + k * W), at.u[t], at.y[t]);
                     write(g.dz, b, start + t, c, count, read(g.dy, b, start + t, c, count) * y * rise);
                 }
-                if (g.du.data) write(g.du, b, start + t, c, count, fma(at.gB[t], at.dt[t], at.gy[t] * D));
+                if (g.du.data) write(g.du, b, start + t, c, count, fma(at.gB[t], at.dt[t], at.gy[t] * load(D + k * W)));
                 V draw = fma(at.gB[t], at.u[t], at.gA[t] * set1(LN2)) * at.slope[t];
-                dbias = dbias + draw;
+                store(dbias_all + k * W, load(dbias_all + k * W) + draw);
                 if (g.ddt.data) write(g.ddt, b, start + t, c, count, draw);
             }
-            store(dbias_all + k * W, dbias);
-        }
     }
     for (int64_t k = 0; k < blocks; ++k) {
         int64_t c = first + k * W;
