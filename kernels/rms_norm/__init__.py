@@ -5,9 +5,14 @@ Legend: D channels.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from mambacompress.kernels import native, registry
+from mambacompress.kernels.rms_norm.cpu import rms_norm_native
 from mambacompress.kernels.rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
+
+TOLERANCE = 1e-6  # RMS ratio to the reference in fp32
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -15,19 +20,47 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
 
     The mean is taken in fp32 (fp64 for fp64); the result has x's dtype, or the weight's where that is wider.
     """
-    if weight is not None and weight.shape[-1:] != x.shape[-1:]:
+    if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, the input {tuple(x.shape)}")
+    if _native("rms_norm", x, weight):
+        return rms_norm_native(x, None, weight, eps, x.shape[-1])
     return rms_norm_reference(x, weight, eps)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
     """RMS norm of x * silu(z) in groups of ``group_size`` channels, times weight; x, z: [..., D], weight: [D]."""
-    if x.shape != z.shape or weight.shape[-1:] != x.shape[-1:]:
-        raise ValueError(f"gated_rms_norm: x {tuple(x.shape)}, z {tuple(z.shape)} and weight {tuple(weight.shape)} "
-                         "do not fit")
+    if x.shape != z.shape or weight.shape != x.shape[-1:]:
+        raise ValueError(f"gated_rms_norm: x {tuple(x.shape)}, z {tuple(z.shape)} and weight {tuple(weight.shape)} do "
+                         "not fit")
     if group_size < 1 or x.shape[-1] % group_size:
         raise ValueError(f"gated_rms_norm: groups of {group_size} do not divide {x.shape[-1]} channels")
+    if z.dtype == x.dtype and _native("gated_rms_norm", x, z, weight):
+        return rms_norm_native(x, z, weight, eps, group_size)
     return gated_rms_norm_reference(x, z, weight, eps, group_size)
 
 
-__all__ = ["gated_rms_norm", "gated_rms_norm_reference", "rms_norm", "rms_norm_reference"]
+def _native(op: str, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether native code runs this call. With gradients the reference does: its backward is torch's own."""
+    if not native.runs_directly(x, *others):
+        return False
+    foreign = [other for other in others if other is not None and (other.device != x.device or not known(other))]
+    return registry.choose(op, x.device, x.dtype, ["a weight of another kind"] if foreign else []) == "native"
+
+
+def known(tensor: Tensor) -> bool:
+    """Whether native code reads this dtype as floats."""
+    return tensor.dtype in native.DTYPE_CODES and tensor.dtype != torch.int8
+
+
+def check() -> tuple[float, float]:
+    """(worst RMS ratio to the reference, tolerance) on this machine, for ``doctor``."""
+    generator = torch.Generator().manual_seed(0)
+    x, z, weight = (torch.randn(5, 96, generator=generator), torch.randn(5, 96, generator=generator),
+                    torch.rand(96, generator=generator))
+    with torch.no_grad():
+        pairs = [(rms_norm(x, weight), rms_norm_reference(x, weight)),
+                 (gated_rms_norm(x, z, weight, 1e-5, 32), gated_rms_norm_reference(x, z, weight, 1e-5, 32))]
+    return max(float((y - r).norm() / r.norm()) for y, r in pairs), TOLERANCE
+
+
+__all__ = ["check", "gated_rms_norm", "gated_rms_norm_reference", "rms_norm", "rms_norm_reference"]

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mambacompress.kernels.hadamard import base_matrix, hadamard, hadamard_matrix, largest_block, supported
+from mambacompress.kernels import native, registry
+from mambacompress.kernels.hadamard import (
+    base_matrix,
+    hadamard,
+    hadamard_matrix,
+    hadamard_reference,
+    largest_block,
+    supported,
+)
 
 SUPPORTED = [n for n in range(1, 5121) if supported(n)]
 SAMPLE = [1, 2, 8, 12, 20, 28, 36, 48, 72, 96, 112, 160, 192, 384, 768, 1536, 2560, 3584, 4608, 5120]
@@ -124,3 +132,36 @@ def test_refusals(arguments: dict, message: str) -> None:
 def test_unknown_order_names_the_next_step() -> None:
     with pytest.raises(ValueError, match="largest block of 3712 channels is 128"):
         hadamard_matrix(3712)
+
+
+@pytest.mark.skipif(native.library() is None, reason=native.why_not())
+@pytest.mark.parametrize("level", native.LEVELS)
+@pytest.mark.parametrize(("n", "block"), [(n, None) for n in SAMPLE] + [(3712, 128), (40, 4), (24 * 29, 24)])
+def test_native_is_the_reference_bit_for_bit(level: str, n: int, block: int | None) -> None:
+    try:
+        native.force_level(level)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    try:
+        signs = signs_of(n)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = torch.randn(5, n).to(dtype)
+            for transpose in (False, True):
+                for s in (signs, None):
+                    with registry.backend("native"):
+                        y = hadamard(x, s, block=block, transpose=transpose)
+                    assert torch.equal(y, hadamard_reference(x, s, block=block, transpose=transpose))
+    finally:
+        native.force_level(None)
+
+
+@pytest.mark.skipif(native.library() is None, reason=native.why_not())
+def test_native_threads_agree() -> None:
+    x, threads = torch.randn(64, 768), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = hadamard(x)
+        torch.set_num_threads(2)
+        assert torch.equal(hadamard(x), one)
+    finally:
+        torch.set_num_threads(threads)
