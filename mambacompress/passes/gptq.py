@@ -162,7 +162,7 @@ def gptq(W_OI: Tensor, H_II: Tensor, grid: Grid, *, damp: float = 0.01, block: i
     U_II, used = _factor(H_II[order_I][:, order_I], damp, where)
 
     width = grid.group_size or W_OI.shape[1]
-    static = act_order or width > block
+    static = act_order or grid.group_size is None or width > block
     scales_OG = searched_scales(W_OI, grid, diagonal_I)
     step = block if static else block - block % width
     left_OI = W_OI[:, order_I]

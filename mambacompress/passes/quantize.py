@@ -1,10 +1,10 @@
 """Pack weights into integers and say how activations meet them: the pass that makes the artifact small.
 
-Each matrix named in ``maps`` becomes a packed module. Its codes are the ones GPTQ left in ``block.rounded``, or those of
-rounding to nearest (optionally with a searched clip). Activations stay float, get a scale a token at run time, or one
-static scale chosen here: of the percentiles asked for, the one whose clipped and rounded inputs change the linear's output
-least, on a sample of calibration rows. A pooled scale of several quantities is never used: in_proj and x_proj have a scale
-a row, and the scan's u, dt, B, C and z are ranged apart, channel by channel.
+Each matrix named in ``maps`` becomes a packed module. Its codes are the ones GPTQ left in ``block.rounded``, or those
+of rounding to nearest (optionally with a searched clip). Activations stay float, get a scale a token at run time, or
+one static scale chosen here: of the percentiles asked for, the one whose clipped and rounded inputs change the linear's
+output least, on a sample of calibration rows. A pooled scale of several quantities is never used: in_proj and x_proj
+have a scale a row, and the scan's u, dt, B, C and z are ranged apart, channel by channel.
 
 What is not named stays in float: A_log, D, dt's bias, norms and the convolution always do, since an error in the decay
 grows with the sequence. Mean-error correction adds the mean of what the packed block lost to out_proj's bias.
@@ -16,11 +16,14 @@ Legend: T tokens, O outputs, I inputs, V vocabulary, D d_model, E d_inner, G gro
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambacompress.errors import UserError
 from mambacompress.models.heads import TransformedHead
@@ -31,11 +34,14 @@ from mambacompress.models.paths import Path, ScanQuantizer
 from mambacompress.numerics import sqnr_db
 from mambacompress.passes.base import Calibration, Edit, Pass, Plan, Refusal
 from mambacompress.passes.observers import RowSample, watching
-from mambacompress.passes.rounding import Grid, check_groups, checked_weight, searched_scales, widest_scales
+from mambacompress.passes.rounding import Grid, check_groups, searched_scales, widest_scales
 from mambacompress.schema import MapFormat, QuantizeConfig
 
 _SWEEP_TOKENS = 4096
 """Calibration tokens on which the scan's clipping is chosen."""
+
+_CHUNK_VALUES = 1 << 23
+"""Values of a weight that are rounded at a time."""
 
 
 class Quantize(Pass):
@@ -56,14 +62,36 @@ class Quantize(Pass):
                 tensor, format_ = sites[0].tensor, self.config.of(sites[0].tensor)
                 if format_ is None:
                     continue
-                rows, columns = block.module.get_submodule(path).weight.shape
-                grid = _grid(format_)
-                check_groups(f"block {block.index} {tensor}", columns, grid)
-                plan.edits.append(Edit(self.name, block.index, tensor, f"{format_.weights} {grid.described}, activations "
-                                       f"{format_.activations}", bits=_bits(grid, columns)))
+                shape = block.module.get_parameter(f"{path}.weight").shape
+                check_groups(f"block {block.index} {tensor}", shape[1], _grid(format_))
+                plan.edits.append(self._edit(block.index, tensor, format_, shape))
             self._plan_scan(plan, block)
         self._plan_ends(plan, model_map)
+        self._plan_coverage(plan, model_map)
         return plan
+
+    def _edit(self, block: int | None, tensor: str, format_: MapFormat, shape: torch.Size, note: str = "") -> Edit:
+        size = packed_bytes(shape, format_)
+        return Edit(self.name, block, tensor, f"{format_.weights} {_grid(format_).described}, activations "
+                    f"{format_.activations}, {size:,} bytes{note}", bits=8 * size / shape.numel())
+
+    def _plan_coverage(self, plan: Plan, model_map: ModelMap) -> None:
+        """What is packed of what there is, tensor by tensor and in all; nothing at all is an error."""
+        count, packed, values = Counter[str](), Counter[str](), Counter[bool]()
+        for tensor, shape in model_map.matrices().values():
+            covered = self.config.of(tensor) is not None
+            count[tensor] += 1
+            packed[tensor] += covered
+            values[covered] += shape.numel()
+        if not values[True]:
+            raise UserError(f"quantize matches nothing: this model has no {', '.join(self.config.maps)}",
+                            f"name some of {', '.join(count)} in `maps`")
+        for tensor in self.config.maps:
+            if not count[tensor] and not (tensor == "head" and model_map.tied):
+                plan.refusals.append(Refusal(self.name, None, tensor, f"this model has no {tensor}"))
+        what = ", ".join(f"{tensor} {packed[tensor]}/{total}" for tensor, total in count.items())
+        share = values[True] / values.total()
+        plan.edits.append(Edit(self.name, None, "coverage", f"{what}; {share:.1%} of the matrix bytes"))
 
     def _plan_scan(self, plan: Plan, block: Block) -> None:
         if self.config.scan == "none":
@@ -71,32 +99,36 @@ class Quantize(Pass):
         if not isinstance(block.mixer, S6Mixer):
             plan.refusals.append(Refusal(self.name, block.index, "scan", "int8 inputs are built for the Mamba-1 scan"))
         elif len(block.mixer.paths) > 1:
-            plan.refusals.append(Refusal(self.name, block.index, "scan", "int8 inputs are built for mixers of one path"))
+            plan.refusals.append(Refusal(self.name, block.index, "scan", "int8 inputs are built for one scan path"))
         else:
             plan.edits.append(Edit(self.name, block.index, "scan", "int8 u, dt, B, C and z, static, a scale a channel"))
 
     def _plan_ends(self, plan: Plan, model_map: ModelMap) -> None:
         embedding, head = self.config.of("embedding"), self.config.of("head")
-        columns = model_map.embedding.weight.shape[1]
+        shape = model_map.embedding.weight.shape
+        if model_map.tied and (embedding is None) != (head is None):
+            named, missing = ("head", "embedding") if embedding is None else ("embedding", "head")
+            raise UserError(f"embedding and head of this model share one matrix, and quantize names only the {named}",
+                            f"add {missing} to `maps`, or take {named} out")
         if embedding is not None:
-            check_groups("the embedding", columns, _grid(embedding))
+            check_groups("the embedding", shape[1], _grid(embedding))
             note = ""
             if embedding.bits == 4 and sum(shape.numel() for _, shape in model_map.matrices().values()) < 10**9:
                 note = "; 4 bits cost several points below a billion parameters"
-            plan.edits.append(Edit(self.name, None, "embedding", f"{embedding.weights} {_grid(embedding).described}{note}",
-                                   bits=_bits(_grid(embedding), columns)))
+                warnings.warn("a 4-bit embedding costs several points of accuracy below a billion parameters; int8 is "
+                              "safe", stacklevel=3)
+            plan.edits.append(self._edit(None, "embedding", embedding, shape, note))
         if head is None:
             return
-        check_groups("the head", columns, _grid(head))
-        if model_map.tied and embedding is None:
-            plan.refusals.append(Refusal(self.name, None, "head", "it shares the embedding's weight, which stays in float"))
+        check_groups("the head", shape[1], _grid(head))
+        if not model_map.tied:
+            plan.edits.append(self._edit(None, "head", head, model_map.head.weight.shape))
             return
-        if model_map.tied and embedding is not None and _grid(head) != _grid(embedding):
+        if embedding is not None and _grid(head) != _grid(embedding):
             raise UserError("the head shares the embedding's weight, so both are stored in one format",
                             "give embedding and head the same weights and group_size")
-        plan.edits.append(Edit(self.name, None, "head", f"{head.weights}, activations {head.activations}"
-                               + (", the embedding's own codes" if model_map.tied else ""),
-                               bits=0.0 if model_map.tied else _bits(_grid(head), columns)))
+        plan.edits.append(Edit(self.name, None, "head", f"{head.weights}, activations {head.activations}, the "
+                               "embedding's own codes", bits=0.0))
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 
@@ -107,13 +139,11 @@ class Quantize(Pass):
         samples = self._observe(block, calibration, formats)
         report: dict[str, Any] = {}
         for path, format_ in formats.items():
-            linear, name = block.module.get_submodule(path), path.removeprefix("mixer.")
-            packed, act = self._pack(block, path, linear, format_, samples.get(path))
-            report[f"{name}.sqnr_db"] = _rounded(sqnr_db(linear.weight, packed.dequantize(linear.weight.dtype)))
-            report |= {f"{name}.{key}": value for key, value in act.items()}
+            packed, made = self._pack(block, path, format_, samples.get(path), calibration.trial)
+            report |= {f"{path.removeprefix('mixer.')}.{key}": value for key, value in made.items()}
             block.replace(path, packed)
         if self.config.scan == "int8" and isinstance(block.mixer, S6Mixer) and len(block.mixer.paths) == 1:
-            report["scan.percentile"] = self._quantize_scan(block, calibration)
+            report["scan.percentile"] = self._quantize_scan(block, block.mixer, calibration)
         if self.config.bias_correction and not calibration.trial:
             report |= self._correct_bias(block, calibration)
         return report
@@ -121,41 +151,45 @@ class Quantize(Pass):
     def _observe(self, block: Block, calibration: Calibration, formats: dict[str, MapFormat]) -> dict[str, RowSample]:
         """One run for everything a static range or a searched scale needs."""
         wanted = {path: RowSample() for path, format_ in formats.items()
-                  if format_.activations.endswith("tensor") or self._searches(block, path)}
+                  if format_.activations.endswith("tensor") or self._searches(block, path, calibration.trial)}
         if wanted:
             with watching(block, wanted, lambda path, x_TI: wanted[path].add(x_TI)):
                 for h_BLD in calibration.batches():
                     block.module(h_BLD)
         return wanted
 
-    def _searches(self, block: Block, path: str) -> bool:
-        return self.config.scale_search and path not in block.rounded
+    def _searches(self, block: Block, path: str, trial: bool) -> bool:
+        return self.config.scale_search and not trial and path not in block.rounded
 
-    def _pack(self, block: Block, path: str, linear: nn.Module, format_: MapFormat,
-              sample: RowSample | None) -> tuple[PackedLinear, dict[str, Any]]:
-        grid, where = _grid(format_), f"block {block.index} {path}"
-        weight_OI = checked_weight(linear.weight.data, where)
+    def _pack(self, block: Block, path: str, format_: MapFormat, sample: RowSample | None,
+              trial: bool) -> tuple[PackedLinear, dict[str, Any]]:
+        grid, where = _grid(format_), f"block {block.index} {path.removeprefix('mixer.')}"
+        linear = block.module.get_submodule(path)
+        weight_OI = block.module.get_parameter(f"{path}.weight").data
+        report: dict[str, Any] = {"bits": _rounded(8 * packed_bytes(weight_OI.shape, format_) / weight_OI.numel())}
         if path in block.rounded:
             codes_OI, scales_OG = block.rounded[path]
+            if not torch.equal(grid.dequantize(codes_OI, scales_OG).to(weight_OI.dtype), weight_OI):
+                raise RuntimeError(f"{where} was edited after gptq had chosen its codes")
         else:
-            importance_I = sample.mean_square_I if sample is not None and self._searches(block, path) else None
-            scales_OG = (searched_scales(weight_OI, grid, importance_I) if self._searches(block, path)
-                         else widest_scales(weight_OI, grid))
-            codes_OI = grid.round(weight_OI, scales_OG)
+            search = self._searches(block, path, trial)
+            importance_I = sample.mean_square_I if sample is not None and search else None
+            codes_OI, scales_OG = round_weight(weight_OI, grid, where, search=search, importance_I=importance_I)
+            report["sqnr_db"] = _rounded(_sqnr_db(weight_OI, codes_OI, scales_OG, grid))
         activations = _activations(format_)
-        act_scale, report = None, {}
+        act_scale = None
         if activations.mode == "tensor" and sample is not None:
             weight = grid.dequantize(codes_OI, scales_OG)
             percentile, act_scale = best_range(sample, weight, activations.bits, self.config.percentile)
-            report = {"act_scale": _rounded(act_scale, 6), "percentile": percentile}
+            report |= {"act_scale": _rounded(act_scale, 6), "percentile": percentile}
         bias = getattr(linear, "bias", None)
-        packed = PackedLinear.from_float(None, bias, weights=_weights(format_), activations=activations, act_scale=act_scale,
-                                         codes=codes_OI, scale=_stored_scale(scales_OG, format_))
+        packed = PackedLinear.from_float(None, bias, weights=_weights(format_), activations=activations,
+                                         act_scale=act_scale, codes=codes_OI, scale=_stored_scale(scales_OG, format_))
         return packed, report
 
-    def _quantize_scan(self, block: Block, calibration: Calibration) -> float:
+    def _quantize_scan(self, block: Block, mixer: S6Mixer, calibration: Calibration) -> float:
         """Range the scan's inputs channel by channel; of the percentiles, take the one of least block error."""
-        path = block.mixer.paths[0]
+        path = mixer.paths[0]
         assert isinstance(path, Path)
         samples: dict[str, RowSample] = {name: RowSample(8192) for name in ScanQuantizer.NAMES}
 
@@ -166,10 +200,11 @@ class Quantize(Pass):
         path.scan_quantizer = None
         calibration.run(block, observe)
         groups, states = path.projection.groups, path.projection.d_state
+        channels = path.A_log.shape[0]
         candidates = self.config.percentile if not calibration.trial else self.config.percentile[:1]
         best, least = None, float("inf")
         for percentile in candidates:
-            quantizer = ScanQuantizer(block.mixer.d_inner, groups, states)
+            quantizer = ScanQuantizer(channels, groups, states)
             for name, sample in samples.items():
                 _set_scale(quantizer.get_buffer(f"scale_{name}"), sample.rows(), percentile)
             path.scan_quantizer = quantizer.to(path.A_log.device)
@@ -205,13 +240,13 @@ class Quantize(Pass):
         format_ = self.config.of("embedding")
         if format_ is None:
             return {}
-        weight_VD = checked_weight(model_map.embedding.weight.data, "the embedding").float()
-        grid = _grid(format_)
-        scales = searched_scales(weight_VD, grid) if self.config.scale_search else widest_scales(weight_VD, grid)
-        packed = PackedEmbedding.from_float(weight_VD, weights=_weights(format_), codes=grid.round(weight_VD, scales),
+        weight_VD, grid = model_map.embedding.weight.data, _grid(format_)
+        search = self.config.scale_search and grid.bits == 4
+        codes, scales = round_weight(weight_VD, grid, "the embedding", search=search)
+        packed = PackedEmbedding.from_float(weight_VD, weights=_weights(format_), codes=codes,
                                             scale=_stored_scale(scales, format_))
         set_module(model_map.host, model_map.embedding.path, packed)
-        return {"embedding.sqnr_db": _rounded(sqnr_db(weight_VD, packed.dequantize()))}
+        return {"embedding.sqnr_db": _rounded(_sqnr_db(weight_VD, codes, scales, grid))}
 
     @torch.no_grad()
     def apply_head(self, model_map: ModelMap, calibration: Calibration) -> dict[str, Any]:
@@ -222,8 +257,7 @@ class Quantize(Pass):
         inputs = (model_map.final_norm(h_BLD).flatten(0, 1) for h_BLD in calibration.batches())
         activations = _activations(format_)
         report: dict[str, Any] = {}
-        weight_VD = (embedding.dequantize() if isinstance(embedding, PackedEmbedding) and model_map.tied
-                     else checked_weight(head.weight.data, "the head").float())
+        weight_VD = model_map.head.weight.data
         act_scale = None
         if activations.mode == "tensor":
             sample = RowSample(512)
@@ -236,17 +270,52 @@ class Quantize(Pass):
             packed = PackedHead.sharing(embedding, activations=activations, act_scale=act_scale, transform=stored)
         else:
             grid = _grid(format_)
-            scales = searched_scales(weight_VD, grid) if self.config.scale_search else widest_scales(weight_VD, grid)
+            search = self.config.scale_search and grid.bits == 4
+            codes, scales = round_weight(weight_VD, grid, "the head", search=search)
             packed = PackedHead.from_float(weight_VD, getattr(head, "bias", None), weights=_weights(format_),
                                            activations=activations, act_scale=act_scale, transform=stored,
-                                           codes=grid.round(weight_VD, scales), scale=_stored_scale(scales, format_))
-            report["head.sqnr_db"] = _rounded(sqnr_db(weight_VD, packed.dequantize()))
+                                           codes=codes, scale=_stored_scale(scales, format_))
+            report["head.sqnr_db"] = _rounded(_sqnr_db(weight_VD, codes, scales, grid))
         set_module(model_map.host, model_map.head.path, packed)
         return report
 
 
+def round_weight(weight_OI: Tensor, grid: Grid, where: str, *, search: bool = False,
+                 importance_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(codes int8 [O, I], scales fp32 [O, G]) by rounding to nearest, a few rows at a time.
+
+    search: look for the clip of least error, weighted by ``importance`` [I]. Raises UserError for NaN or Inf.
+    """
+    parts: list[tuple[Tensor, Tensor]] = []
+    for chunk_OI in weight_OI.split(max(1, _CHUNK_VALUES // weight_OI.shape[1])):
+        if not torch.isfinite(chunk_OI).all():
+            raise UserError(f"{where}: the weight holds NaN or Inf", "check the checkpoint")
+        chunk_OI = chunk_OI.double() if chunk_OI.dtype == torch.float64 else chunk_OI.float()
+        scales_OG = searched_scales(chunk_OI, grid, importance_I) if search else widest_scales(chunk_OI, grid)
+        parts.append((grid.round(chunk_OI, scales_OG), scales_OG))
+    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+def _sqnr_db(weight_OI: Tensor, codes_OI: Tensor, scales_OG: Tensor, grid: Grid) -> float:
+    """10 log10 of signal over error energy, a few rows at a time; at most 999."""
+    signal = wrong = 0.0
+    rows = max(1, _CHUNK_VALUES // weight_OI.shape[1])
+    for w_OI, q_OI, s_OG in zip(*(t.split(rows) for t in (weight_OI, codes_OI, scales_OG)), strict=True):
+        signal += w_OI.double().square().sum().item()
+        wrong += (w_OI.double() - grid.dequantize(q_OI, s_OG).double()).square().sum().item()
+    return 10 * math.log10(signal / wrong) if signal and wrong else 999.0
+
+
+def packed_bytes(shape: torch.Size, format_: MapFormat) -> int:
+    """Stored bytes of a weight [rows, columns]: codes and scales, and the static scale of its activations."""
+    rows, columns = shape
+    scales = rows * (1 if format_.group_size is None else columns // format_.group_size)
+    static = 4 if format_.activations.endswith("tensor") else 0
+    return rows * columns * format_.bits // 8 + scales * _weights(format_).scale_dtype.itemsize + static
+
+
 def best_range(sample: RowSample, weight_OI: Tensor, bits: int, percentiles: tuple[float, ...]) -> tuple[float, float]:
-    """(percentile, scale) whose rounded inputs change the linear's output least: min over p of ‖(x̂ − x) Wᵀ‖²."""
+    """(percentile, scale) whose rounded inputs change the linear's output least: min over p of ‖(x̂ - x) Wᵀ‖²."""
     top = 127 if bits == 8 else 7
     rows_TI = sample.rows().float()
     weight_OI = weight_OI.to(rows_TI.dtype)
@@ -307,11 +376,6 @@ def _stored_scale(scales_OG: Tensor, format_: MapFormat) -> Tensor:
     return scales_OG[:, 0] if format_.group_size is None else scales_OG
 
 
-def _bits(grid: Grid, columns: int) -> float:
-    """Bits a weight, scales included: fp32 a row, fp16 a group."""
-    return grid.bits + (32 / columns if grid.group_size is None else 16 / grid.group_size)
-
-
 def _half_if_harmless(transform: Tensor) -> Tensor:
     """fp16 where it keeps 60 dB of the matrix, else fp32."""
     half = transform.half()
@@ -322,4 +386,4 @@ def _rounded(value: float, digits: int = 4) -> float:
     return float(f"{min(value, 999.0):.{digits}g}")
 
 
-__all__ = ["Quantize", "best_range"]
+__all__ = ["Quantize", "best_range", "packed_bytes", "round_weight"]
