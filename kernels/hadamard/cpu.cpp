@@ -57,11 +57,15 @@ static inline void transform_block(const Hadamard& p, float* x, float* y) {
         std::memcpy(y, x, size_t(power) * 4);
     } else if (power >= W) {
         for (int64_t i = 0; i < power; i += W)
-            for (int64_t c = 0; c < base; ++c) {
+            for (int64_t c = 0; c < base; c += 4) {  // four sums at a time hide each other's latency; every base is a multiple
                 const float* row = p.mix + c * base;
-                V sum = load(x + i) * set1(row[0]);
-                for (int64_t a = 1; a < base; ++a) sum = sum + load(x + a * power + i) * set1(row[a]);
-                store(y + c * power + i, sum);
+                V sum[4];
+                for (int j = 0; j < 4; ++j) sum[j] = load(x + i) * set1(row[j * base]);
+                for (int64_t a = 1; a < base; ++a) {
+                    V v = load(x + a * power + i);
+                    for (int j = 0; j < 4; ++j) sum[j] = fma(v, set1(row[j * base + a]), sum[j]);  // times ±1: exact
+                }
+                for (int j = 0; j < 4; ++j) store(y + (c + j) * power + i, sum[j]);
             }
     } else {
         for (int64_t c = 0; c < base; ++c)

@@ -1,9 +1,9 @@
 """Readable torch for the RMS norm and the gated group norm, with the rounding of the stock modules.
 
 rms_norm: x / sqrt(mean(x²) + eps) in fp32 (fp64 where x is fp64), rounded to x's dtype, then times the weight.
-gated_rms_norm: the same on x * silu(z) in groups of channels (Mamba-2: group size = d_inner / groups). torch computes the
-exponential of the last few elements of a tensor with other code than the rest, so here a token's result may differ in the
-last bit with the number of tokens; the native kernel's does not.
+gated_rms_norm: the same on x * silu(z) in groups of channels (Mamba-2: group size = d_inner / groups). torch computes
+the exponential of the last few elements of a tensor with other code than the rest, so here a token's result may
+differ in the last bit with the number of tokens; the native kernel's does not.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_native_is_the_reference(level: str, size: int, dtype: torch.dtype, weig
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("size", [48, 768, 2560])
 def test_a_row_does_not_depend_on_the_others(size: int, backend: str) -> None:
-    """Native exactly; torch computes exponentials at a tensor's end another way than inside, so its gate only nearly."""
+    """Native exactly; torch computes exponentials at a tensor's end by other code than inside: its gate only nearly."""
     x, z, weight = torch.randn(1, 100, size), torch.randn(1, 100, size), torch.rand(size)
     threads, exact = torch.get_num_threads(), backend == "auto" and native.library() is not None
     with registry.backend(backend):
