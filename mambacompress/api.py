@@ -47,8 +47,8 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.
     """Load a model on our mixers: a float model (directory, hub name or ``demo``) or an artifact.
 
     Returns a transformers model in eval mode: call it, ``generate`` with it, fine-tune it (float ones), or hand it to
-    ``quantize``. dtype: of a float model's weights; an artifact keeps what it stores. Raises UserError for a source that
-    cannot be read, is not a Mamba, or holds NaN or Inf.
+    ``quantize``. dtype: of a float model's weights; an artifact keeps what it stores. Raises UserError for a source
+    that cannot be read, is not a Mamba, or holds NaN or Inf.
     """
     source = resolve(source)
     if Path(source).is_dir() and artifact.is_artifact(Path(source)):
@@ -72,7 +72,8 @@ def load_tokenizer(source: str | Path | Any) -> Any:
     if not name:
         raise UserError("this model was not loaded from a directory, so its tokenizer is not known", "pass tokenizer=")
     name = resolve(name)
-    return data.load_tokenizer(name if Path(name).is_dir() else open_checkpoint(name).directory)
+    directory = Path(name) if Path(name).is_dir() else open_checkpoint(name).directory
+    return data.load_tokenizer(directory or Path(name))
 
 
 @dataclass
@@ -107,25 +108,46 @@ class Compressed:
         return target
 
 
-def quantize(model: Any, recipe: str | Path | Recipe | Mapping[str, Any] = "w8a8", *, calibration: Texts | None = None,
-             out: str | Path | None = None, tokenizer: Any = None, overrides: Sequence[str] = (), resume: bool = False,
-             device: str = "cpu", progress: pipeline.Progress | None = None) -> Compressed:
+def quantize(
+    model: Any,
+    recipe: str | Path | Recipe | Mapping[str, Any] = "w8a8",
+    *,
+    calibration: Texts | None = None,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    device: str = "cpu",
+    progress: pipeline.Progress | None = None,
+) -> Compressed:
     """Compress ``model`` by ``recipe``: rotations, smoothing, GPTQ, int8 and int4, whatever the recipe names.
 
-    model: a directory, hub name, ``demo``, or a model in memory (read, never changed; adopted or not). recipe: a name, a
-    YAML file, a mapping or a Recipe. calibration: texts, or token ids [S, L]; the recipe's own text where None. out: the
-    artifact directory; a temporary one where None (``.save`` copies it). overrides: ``key.sub=value`` strings.
+    model: a directory, hub name, ``demo``, or a model in memory (read, never changed; adopted or not). recipe: a name,
+    a YAML file, a mapping or a Recipe. calibration: texts, or token ids [S, L]; the recipe's own text where None. out:
+    the artifact directory; a temporary one where None (``.save`` copies it). overrides: ``key.sub=value`` strings.
 
     Raises UserError for bad input, CheckFailed where the result does not pass the recipe's checks.
     """
     chosen = load_recipe(recipe, overrides)
     checkpoint, name = _source(model)
     planned_tokens = _tokens(chosen, checkpoint, calibration, tokenizer)
-    temporary = tempfile.TemporaryDirectory(prefix="mambacompress-") if out is None else None
-    directory = Path(out) if temporary is None else Path(temporary.name) / f"{Path(name).name}-{chosen.name}"
+    temporary = None
+    if out is None:
+        temporary = tempfile.TemporaryDirectory(prefix="mambacompress-")
+        out = Path(temporary.name) / f"{Path(name).name}-{chosen.name}"
+    directory = Path(out)
     extra = _tokenizer_files(tokenizer, temporary) if tokenizer is not None and checkpoint.directory is None else ()
-    manifest = pipeline.run(checkpoint, chosen, planned_tokens, directory, resume=resume, progress=progress,
-                            extra_files=extra, source_name=Path(name).name, device=device)
+    manifest = pipeline.run(
+        checkpoint,
+        chosen,
+        planned_tokens,
+        directory,
+        resume=resume,
+        progress=progress,
+        extra_files=extra,
+        source_name=Path(name).name,
+        device=device,
+    )
     return Compressed(directory, manifest, temporary)
 
 
@@ -143,8 +165,17 @@ def verify(directory: str | Path) -> dict[str, Any]:
     return artifact.verify(directory)
 
 
-def generate(model: Any, prompt: str | Tensor, max_new_tokens: int = 64, *, tokenizer: Any = None, temperature: float = 0.0,
-             top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> Iterator[str] | Tensor:
+def generate(
+    model: Any,
+    prompt: str | Tensor,
+    max_new_tokens: int = 64,
+    *,
+    tokenizer: Any = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[str] | Tensor:
     """Continue ``prompt``: a string yields pieces of text as they are made, token ids [B, L] give ids [B, L + new].
 
     temperature 0 is greedy. Runs our own loop, without transformers' overhead.
@@ -183,15 +214,20 @@ def _source(model: Any) -> tuple[Checkpoint, str]:
 def _tokens(recipe: Recipe, checkpoint: Checkpoint, calibration: Texts | None, tokenizer: Any) -> Tensor:
     if isinstance(calibration, Tensor):
         if calibration.dim() != 2 or calibration.dtype != torch.int64 or calibration.shape[1] < 2:
-            raise UserError(f"calibration ids are {calibration.dtype} of shape {list(calibration.shape)}",
-                            "give int64 token ids of shape [sequences, length], length at least 2")
+            raise UserError(
+                f"calibration ids are {calibration.dtype} of shape {list(calibration.shape)}",
+                "give int64 token ids of shape [sequences, length], length at least 2",
+            )
         return calibration
     if tokenizer is None:
-        name = checkpoint.directory or getattr(checkpoint.config, "_name_or_path", "")
+        name: Any = checkpoint.directory or getattr(checkpoint.config, "_name_or_path", "")
         tokenizer = load_tokenizer(name)
     asked = recipe.calibration
-    texts = data.calibration_texts(asked.text) if calibration is None else (
-        [calibration] if isinstance(calibration, str) else list(calibration))
+    texts = (
+        data.calibration_texts(asked.text)
+        if calibration is None
+        else ([calibration] if isinstance(calibration, str) else list(calibration))
+    )
     return data.token_windows(tokenizer, texts, asked.sequences, asked.length, asked.seed)
 
 

@@ -2,14 +2,14 @@
 
     config.json          the host's configuration, quantization_config.quant_method = "mambacompress"
     *.safetensors        packed codes, scales and what stayed float, under the host's own module paths
-    mambacompress.json   the manifest: schema version, layout, per-layer records, coverage, source, versions, file hashes
-    recipe.yaml, README.md (model card), tokenizer files
+    mambacompress.json   the manifest: schema version, layout, per-layer records, coverage, source, versions, file
+    hashes recipe.yaml, README.md (model card), tokenizer files
 
-The *layout* lists every module that is not what adoption builds, as its ``spec()``; loading builds the adopted host on the
-meta device, puts those modules in place and loads every tensor strictly by name. Nothing is unpickled.
+The *layout* lists every module that is not what adoption builds, as its ``spec()``; loading builds the adopted host on
+the meta device, puts those modules in place and loads every tensor strictly by name. Nothing is unpickled.
 
-Without this package the directory must fail loudly, not load random weights: the final norm's weight is stored as [1, D],
-which broadcasts to the same function here and raises a shape mismatch in stock transformers.
+Without this package the directory must fail loudly, not load random weights: the final norm's weight is stored as [1,
+D], which broadcasts to the same function here and raises a shape mismatch in stock transformers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def is_artifact(directory: Path) -> bool:
 
 
 def layout_of(module: nn.Module, path: str, stock: nn.Module) -> dict[str, dict[str, Any]]:
-    """Full path -> spec of every module below ``module`` that differs from the adopted ``stock`` module at that place."""
+    """Full path -> spec of every module below ``module`` that differs from the adopted ``stock`` module at that
+    place."""
     usual = {name: child.spec() for name, child in stock.named_modules() if hasattr(child, "spec")}
     found: dict[str, dict[str, Any]] = {}
     for name, child in module.named_modules(remove_duplicate=False):
@@ -69,7 +70,7 @@ def dress(host: Any, layout: dict[str, dict[str, Any]]) -> None:
     with torch.device("meta"):
         for path, spec in sorted(layout.items()):
             set_module(host, path, build(spec))
-    norm = model_map.final_norm
+    norm: Any = model_map.final_norm
     norm.weight = nn.Parameter(norm.weight.detach()[None], requires_grad=False)
     for parameter in host.parameters():
         parameter.requires_grad_(False)
@@ -79,7 +80,8 @@ def share_head(model_map: ModelMap) -> None:
     """Make a tied head read the embedding's own tensors."""
     if not model_map.tied:
         return
-    head, embedding = model_map.head.module, model_map.embedding.module
+    head: Any = model_map.head.module
+    embedding = model_map.embedding.module
     if hasattr(head, "tie"):
         head.tie(embedding)
     else:
@@ -98,13 +100,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version = manifest["schema_version"]
     except FileNotFoundError as error:
-        raise UserError(f"{directory} is not a mambacompress artifact: it holds no {MANIFEST}",
-                        "name the output directory of `mambacompress quantize`") from error
+        raise UserError(
+            f"{directory} is not a mambacompress artifact: it holds no {MANIFEST}",
+            "name the output directory of `mambacompress quantize`",
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}", "copy the artifact again or rerun the compression") from error
     if version > SCHEMA_VERSION:
-        raise UserError(f"{directory} was written by a newer mambacompress (schema {version}, this one reads up to "
-                        f"{SCHEMA_VERSION})", "upgrade mambacompress")
+        raise UserError(
+            f"{directory} was written by a newer mambacompress (schema {version}, this one reads up to "
+            f"{SCHEMA_VERSION})",
+            "upgrade mambacompress",
+        )
     return manifest
 
 
@@ -148,12 +155,16 @@ def load_tensors(host: nn.Module, directory: Path) -> None:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                     if name not in expected:
-                        raise UserError(f"{file.name} holds {name!r}, which this model has no place for",
-                                        "the artifact and its manifest do not belong together: copy it again")
+                        raise UserError(
+                            f"{file.name} holds {name!r}, which this model has no place for",
+                            "the artifact and its manifest do not belong together: copy it again",
+                        )
                     tensor = handle.get_tensor(name)
                     if tensor.shape != expected[name].shape:
-                        raise UserError(f"{name!r} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}",
-                                        "the artifact is damaged: copy it again")
+                        raise UserError(
+                            f"{name!r} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}",
+                            "the artifact is damaged: copy it again",
+                        )
                     for place in owners[id(expected[name])]:
                         _place(host, place, tensor)
                         seen.add(place)
@@ -161,7 +172,9 @@ def load_tensors(host: nn.Module, directory: Path) -> None:
             raise UserError(f"{file} is truncated or damaged: {error}", "copy the artifact again") from error
     missing = sorted(set(expected) - seen)
     if missing:
-        raise UserError(f"the artifact lacks {len(missing)} tensors, the first is {missing[0]!r}", "copy the artifact again")
+        raise UserError(
+            f"the artifact lacks {len(missing)} tensors, the first is {missing[0]!r}", "copy the artifact again"
+        )
 
 
 def _place(host: nn.Module, name: str, tensor: Tensor) -> None:
@@ -200,7 +213,9 @@ def assemble(parts: list[Path], directory: Path) -> list[str]:
         shards[-1].append(name)
         filled += sizes[name][1]
     total = len(shards)
-    names = ["model.safetensors"] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    names = (
+        ["model.safetensors"] if total == 1 else [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+    )
     for file, members in zip(names, shards, strict=True):
         storage.write_tensors(directory / file, {name: sizes[name][0].get_tensor(name) for name in members})
     if total > 1:
@@ -224,8 +239,10 @@ def _nbytes(handle: Any, name: str) -> int:
 
 def finish(directory: Path, manifest: dict[str, Any], files: list[str]) -> None:
     """Hash the files and write the manifest last: a directory without one is not an artifact."""
-    hashes = {name: {"sha256": storage.sha256_file(directory / name), "bytes": (directory / name).stat().st_size}
-              for name in sorted(files)}
+    hashes = {
+        name: {"sha256": storage.sha256_file(directory / name), "bytes": (directory / name).stat().st_size}
+        for name in sorted(files)
+    }
     storage.write_json(directory / MANIFEST, {**manifest, "schema_version": SCHEMA_VERSION, "files": hashes})
 
 
@@ -244,20 +261,28 @@ def verify(directory: str | Path) -> dict[str, Any]:
         if not file.is_file():
             raise CheckFailed(f"{name} is missing", "copy the artifact again")
         if file.stat().st_size != stated["bytes"]:
-            raise CheckFailed(f"{name} has {file.stat().st_size} bytes, the manifest says {stated['bytes']}",
-                              "the file is truncated or was edited: copy the artifact again")
+            raise CheckFailed(
+                f"{name} has {file.stat().st_size} bytes, the manifest says {stated['bytes']}",
+                "the file is truncated or was edited: copy the artifact again",
+            )
         if storage.sha256_file(file) != stated["sha256"]:
             raise CheckFailed(f"{name} does not have the content it was saved with", "the file was damaged or edited")
     host = load(directory)
     counted = coverage_of(host, manifest["float_bytes"])
     if abs(counted - manifest["coverage"]) > 1e-9:
-        raise CheckFailed(f"coverage counted from the tensors is {counted:.4f}, the manifest says {manifest['coverage']:.4f}",
-                          "the manifest was edited: rerun the compression")
+        raise CheckFailed(
+            f"coverage counted from the tensors is {counted:.4f}, the manifest says {manifest['coverage']:.4f}",
+            "the manifest was edited: rerun the compression",
+        )
     for name, tensor in host.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckFailed(f"tensor {name!r} holds NaN or Inf", "rerun the compression")
-    return {"files": len(manifest["files"]), "bytes": sum(f["bytes"] for f in manifest["files"].values()),
-            "coverage": counted, "packed": sum(isinstance(m, packed.PACKED) for m in host.modules())}
+    return {
+        "files": len(manifest["files"]),
+        "bytes": sum(f["bytes"] for f in manifest["files"].values()),
+        "coverage": counted,
+        "packed": sum(isinstance(m, packed.PACKED) for m in host.modules()),
+    }
 
 
 def coverage_of(host: nn.Module, float_bytes: dict[str, int]) -> float:

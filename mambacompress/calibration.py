@@ -1,7 +1,7 @@
 """The calibration run of one block: its inputs, what the float block makes of them, and trials.
 
-Memory holds the inputs and the reference outputs of *one* block (tokens x D floats each). The batch size is chosen so that
-a mixer's inner tensors, several of E floats a token, stay within a fixed budget whatever the model's width.
+Memory holds the inputs and the reference outputs of *one* block (tokens x D floats each). The batch size is chosen so
+that a mixer's inner tensors, several of E floats a token, stay within a fixed budget whatever the model's width.
 
 Legend: b batch, L tokens, D d_model, E d_inner.
 """
@@ -29,8 +29,9 @@ def batch_size(length: int, d_inner: int) -> int:
 class BlockCalibration:
     """See passes.base.Calibration. ``hidden``: batches [b, L, D] entering the block, already in its basis."""
 
-    def __init__(self, hidden: Sequence[Tensor], block: Block, *, reference: Sequence[Tensor] | None = None,
-                 trial: bool = False) -> None:
+    def __init__(
+        self, hidden: Sequence[Tensor], block: Block, *, reference: Sequence[Tensor] | None = None, trial: bool = False
+    ) -> None:
         self.hidden, self.trial = hidden, trial
         self._reference = list(self._forward(block)) if reference is None else reference
         self._later: Sequence[Pass] = ()
@@ -82,7 +83,7 @@ class BlockCalibration:
 
 
 def relative_error(outputs: Iterator[Tensor], references: Sequence[Tensor], inputs: Sequence[Tensor]) -> float:
-    """Σ‖output − reference‖² / Σ‖reference − input‖²: 0 is exact, 1 is as bad as leaving the block out."""
+    """Σ‖output - reference‖² / Σ‖reference - input‖²: 0 is exact, 1 is as bad as leaving the block out."""
     wrong = energy = 0.0
     for y_BLD, r_BLD, h_BLD in zip(outputs, references, inputs, strict=True):
         wrong += (y_BLD.double() - r_BLD.double()).square().sum().item()

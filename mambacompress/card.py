@@ -48,8 +48,12 @@ def model_card(manifest: dict[str, Any]) -> str:
     """Markdown with the figures of ``manifest``."""
     refused = [f"- {item['target']}: {item['reason']} (pass `{item['pass']}`)" for item in manifest["refused"]]
     return _CARD.format(
-        recipe=manifest["recipe"]["name"], source=manifest["source"], coverage=manifest["coverage"],
-        tokens=manifest["calibration"]["tokens"], ratio=manifest["calibration"]["perplexity_ratio"],
+        recipe=manifest["recipe"]["name"],
+        source=manifest["source"],
+        coverage=manifest["coverage"],
+        tokens=manifest["calibration"]["tokens"],
+        ratio=manifest["calibration"]["perplexity_ratio"],
         packed=sum(spec["type"].startswith("Packed") for spec in manifest["layout"].values()),
         source_sha256=manifest["source_sha256"],
-        refused="Left out, with the reason:\n\n" + "\n".join(sorted(set(refused))) if refused else "")
+        refused="Left out, with the reason:\n\n" + "\n".join(sorted(set(refused))) if refused else "",
+    )

@@ -1,7 +1,7 @@
 """Plug into transformers: after ``import mambacompress.hf``, AutoModelForCausalLM.from_pretrained(artifact) works.
 
-transformers builds the stock model on the meta device; our quantizer adopts it, puts the artifact's modules in place, and
-the ordinary loader fills them by name. Importing this module registers it; ``mambacompress.load`` does not need it.
+transformers builds the stock model on the meta device; our quantizer adopts it, puts the artifact's modules in place,
+and the ordinary loader fills them by name. Importing this module registers it; ``mambacompress.load`` does not need it.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ class MambaCompressQuantizer(HfQuantizer):
         if model.config.tie_word_embeddings and isinstance(head, PackedHead):
             # A packed head shares buffers, which transformers' tying (of parameters) does not know: share_head does it.
             model.all_tied_weights_keys = {}
-            model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()),
-                                                     r"^lm_head\.(qweight|scale|zero)$"}
+            model._keys_to_ignore_on_load_missing = {
+                *(model._keys_to_ignore_on_load_missing or ()),
+                r"^lm_head\.(qweight|scale|zero)$",
+            }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         artifact.share_head(artifact.map_of(model))
@@ -64,4 +66,3 @@ class MambaCompressQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-

@@ -1,11 +1,12 @@
 """The one loop: sweep the float model once, then edit, pack and store it block by block.
 
-    open -> plan -> sweep (model-wide statistics, the float loss) -> embedding -> block 0 .. n-1 -> head -> assemble -> check
+    open -> plan -> sweep (model-wide statistics, the float loss) -> embedding -> block 0 .. n-1 -> head -> assemble ->
+    check
 
-Each block is loaded, edited by every pass on its own calibration run, run *packed* to make the next block's inputs, written
-as a part file, and freed: memory holds one block. Everything a resumed run needs lies in ``<out>.partial``: the sweep's
-results, the parts, and the inputs of the next block. Nothing there depends on time or process, so a run that was killed and
-resumed gives the same bytes as one that was not.
+Each block is loaded, edited by every pass on its own calibration run, run *packed* to make the next block's inputs,
+written as a part file, and freed: memory holds one block. Everything a resumed run needs lies in ``<out>.partial``:
+the sweep's results, the parts, and the inputs of the next block. Nothing there depends on time or process, so a run
+that was killed and resumed gives the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,11 @@ from mambacompress.passes.smooth import Smooth
 from mambacompress.recipe import Recipe
 
 PASSES: dict[str, Callable[[Any], Pass]] = {
-    "fuse_norms": FuseNorms, "smooth": Smooth, "rotate": Rotate, "gptq": Gptq, "quantize": Quantize,
+    "fuse_norms": FuseNorms,
+    "smooth": Smooth,
+    "rotate": Rotate,
+    "gptq": Gptq,
+    "quantize": Quantize,
 }
 """The recipe's name of each pass -> its class, in the one legal order."""
 
@@ -61,10 +67,13 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> PlannedRun:
     """
     model_map = checkpoint.host()
     passes = [PASSES[name](config) for name, config in recipe.steps()]
-    for earlier, later in zip(passes, passes[1:], strict=False):
+    for earlier, later in pairwise(passes):
         if earlier.rank > later.rank:
-            raise UserError(f"pass {later.name!r} comes after {earlier.name!r} in recipe {recipe.name!r}, which would undo or "
-                            "falsify it", "order: " + ", ".join(PASSES))
+            raise UserError(
+                f"pass {later.name!r} comes after {earlier.name!r} in recipe {recipe.name!r}, which would undo or "
+                "falsify it",
+                "order: " + ", ".join(PASSES),
+            )
     total, names = Plan(), [item.name for item in passes]
     for i, item in enumerate(passes):
         missing = [name for name in getattr(item, "requires", ()) if name not in names[:i]]
@@ -76,13 +85,22 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> PlannedRun:
     return PlannedRun(model_map, passes, total)
 
 
-def run(checkpoint: Checkpoint, recipe: Recipe, tokens_SL: Tensor, out: Path, *, resume: bool = False,
-        progress: Progress | None = None, extra_files: Sequence[Path] = (), source_name: str = "model",
-        device: str = "cpu") -> dict[str, Any]:
+def run(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    tokens_SL: Tensor,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    extra_files: Sequence[Path] = (),
+    source_name: str = "model",
+    device: str = "cpu",
+) -> dict[str, Any]:
     """Compress ``checkpoint`` into the artifact directory ``out``; returns the manifest.
 
-    tokens_SL: calibration token ids [S, L], int64. Raises UserError for bad input, CheckFailed where the result does not
-    pass the recipe's checks (the artifact is then not written).
+    tokens_SL: calibration token ids [S, L], int64. Raises UserError for bad input, CheckFailed where the result does
+    not pass the recipe's checks (the artifact is then not written).
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists", "choose another --out or remove it")
@@ -105,8 +123,16 @@ def run(checkpoint: Checkpoint, recipe: Recipe, tokens_SL: Tensor, out: Path, *,
 class _Run:
     """The state of one run: which block, the hidden states that enter it, the records so far."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, planned: PlannedRun, tokens_SL: Tensor, work: _Work,
-                 progress: Progress, device: str) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        planned: PlannedRun,
+        tokens_SL: Tensor,
+        work: _Work,
+        progress: Progress,
+        device: str,
+    ) -> None:
         self.checkpoint, self.recipe, self.work, self.progress = checkpoint, recipe, work, progress
         self.device = torch.device(device)
         self.map, self.passes, self.plan = planned.model_map, planned.passes, planned.plan
@@ -127,17 +153,29 @@ class _Run:
         layout: dict[str, Any] = {}
         for record in records.values():
             layout.update(record.pop("layout"))
-        packed_paths = [path for path in self.float_bytes if path in layout and layout[path]["type"].startswith("Packed")]
+        packed_paths = [
+            path for path in self.float_bytes if path in layout and layout[path]["type"].startswith("Packed")
+        ]
         return {
-            "recipe": json.loads(self.recipe.canonical_json()), "layout": layout, "records": records,
+            "recipe": json.loads(self.recipe.canonical_json()),
+            "layout": layout,
+            "records": records,
             "float_bytes": self.float_bytes,
             "coverage": sum(self.float_bytes[p] for p in packed_paths) / max(1, sum(self.float_bytes.values())),
-            "refused": [{"pass": r.pass_name, "block": r.block, "target": r.target, "reason": r.reason}
-                        for r in self.plan.refusals],
-            "left_alone": self.map.left_alone, "calibration": {
-                "tokens": self.tokens_SL.numel(), "float_loss": round(float_loss, 6), "packed_loss": round(packed_loss, 6),
-                "perplexity_ratio": round(ratio, 6)},
-            "architecture": type(self.map.host).__name__, "source_sha256": self.work.identity["source"], "versions": self.work.identity["versions"],
+            "refused": [
+                {"pass": r.pass_name, "block": r.block, "target": r.target, "reason": r.reason}
+                for r in self.plan.refusals
+            ],
+            "left_alone": self.map.left_alone,
+            "calibration": {
+                "tokens": self.tokens_SL.numel(),
+                "float_loss": round(float_loss, 6),
+                "packed_loss": round(packed_loss, 6),
+                "perplexity_ratio": round(ratio, 6),
+            },
+            "architecture": type(self.map.host).__name__,
+            "source_sha256": self.work.identity["source"],
+            "versions": self.work.identity["versions"],
         }
 
     # -- stages ----------------------------------------------------------------------------------------------------
@@ -180,7 +218,8 @@ class _Run:
         record: dict[str, Any] = {}
         for item in self.passes:
             record.update({f"{item.name}.{k}": v for k, v in item.apply_embedding(self.map).items()})
-        path, embedding, head = self.map.embedding.path, self.map.embedding.module, self.map.head.module
+        path, embedding = self.map.embedding.path, self.map.embedding.module
+        head: Any = self.map.head.module
         if self.map.tied and isinstance(embedding, PACKED):  # the head will share the packed weight: drop the float one
             head.weight = nn.Parameter(head.weight.to("meta"), requires_grad=False)
         self._store("embedding", embedding, path, record)
@@ -212,7 +251,8 @@ class _Run:
         return outputs
 
     def _head(self, hidden: list[Tensor]) -> float:
-        """Edit, pack and store the final norm and the head; returns the packed model's loss on the calibration tokens."""
+        """Edit, pack and store the final norm and the head; returns the packed model's loss on the calibration
+        tokens."""
         total = len(self.map.blocks)
         self.progress("head", total, total)
         record: dict[str, Any] = {}
@@ -221,7 +261,7 @@ class _Run:
             result = item.apply_head(self.map, calibration.before(self.passes[i + 1 :]))
             record.update({f"{item.name}.{k}": v for k, v in result.items()})
         loss = self._loss(hidden)
-        norm = self.map.final_norm
+        norm: Any = self.map.final_norm
         self.work.store("norm", {f"{self.map.final_norm_path}.weight": norm.weight[None]})
         self._store("head", self.map.head.module, self.map.head.path, record)
         return loss
@@ -279,15 +319,21 @@ class _Work:
 
     def __init__(self, path: Path, checkpoint: Checkpoint, recipe: Recipe, tokens_SL: Tensor, resume: bool) -> None:
         self.path = path
-        self.identity = {"source": source_hash(checkpoint), "recipe": json.loads(recipe.canonical_json()),
-                         "tokens": storage.sha256_json(tokens_SL.tolist()), "versions": _versions()}
+        self.identity = {
+            "source": source_hash(checkpoint),
+            "recipe": json.loads(recipe.canonical_json()),
+            "tokens": storage.sha256_json(tokens_SL.tolist()),
+            "versions": _versions(),
+        }
         marker = path / "run.json"
         if marker.is_file():
             if not resume:
                 raise UserError(f"an unfinished run lies in {path}", "add --resume to go on, or remove that directory")
             if json.loads(marker.read_text(encoding="utf-8")) != self.identity:
-                raise UserError(f"the unfinished run in {path} was started with another model, recipe, text or version",
-                                "repeat its command, or remove that directory")
+                raise UserError(
+                    f"the unfinished run in {path} was started with another model, recipe, text or version",
+                    "repeat its command, or remove that directory",
+                )
             for leftover in path.glob(".*.tmp"):
                 leftover.unlink()
         else:
@@ -311,8 +357,11 @@ class _Work:
         (self.path / f"{key}.safetensors").unlink(missing_ok=True)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.path.glob("*.json"))
-                if file.stem != "run"}
+        return {
+            file.stem: json.loads(file.read_text(encoding="utf-8"))
+            for file in sorted(self.path.glob("*.json"))
+            if file.stem != "run"
+        }
 
     def parts(self) -> list[Path]:
         return [self.path / f"{key}.safetensors" for key in ("norm", *self.records())]
@@ -333,7 +382,7 @@ def source_hash(checkpoint: Checkpoint) -> str:
     for name in sorted(checkpoint.names()):
         tensor = checkpoint.get(name).contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -346,16 +395,28 @@ def _versions() -> dict[str, str]:
 def _check(manifest: dict[str, Any], recipe: Recipe) -> None:
     checks = recipe.checks
     if checks.coverage is not None and manifest["coverage"] < checks.coverage:
-        raise CheckFailed(f"only {manifest['coverage']:.1%} of the matrix bytes are packed, the recipe asks for "
-                          f"{checks.coverage:.0%}", "widen `maps`, or lower checks.coverage with --set")
+        raise CheckFailed(
+            f"only {manifest['coverage']:.1%} of the matrix bytes are packed, the recipe asks for "
+            f"{checks.coverage:.0%}",
+            "widen `maps`, or lower checks.coverage with --set",
+        )
     ratio = manifest["calibration"]["perplexity_ratio"]
     if checks.max_perplexity_ratio is not None and not ratio <= checks.max_perplexity_ratio:
-        raise CheckFailed(f"perplexity on the calibration text rose by a factor of {ratio:.4f}, the recipe allows "
-                          f"{checks.max_perplexity_ratio}", "use a gentler recipe, or raise checks.max_perplexity_ratio")
+        raise CheckFailed(
+            f"perplexity on the calibration text rose by a factor of {ratio:.4f}, the recipe allows "
+            f"{checks.max_perplexity_ratio}",
+            "use a gentler recipe, or raise checks.max_perplexity_ratio",
+        )
 
 
-def _write_documents(directory: Path, checkpoint: Checkpoint, model_map: ModelMap, recipe: Recipe,
-                     manifest: dict[str, Any], extra_files: Sequence[Path]) -> list[str]:
+def _write_documents(
+    directory: Path,
+    checkpoint: Checkpoint,
+    model_map: ModelMap,
+    recipe: Recipe,
+    manifest: dict[str, Any],
+    extra_files: Sequence[Path],
+) -> list[str]:
     from mambacompress.card import model_card
 
     host: Any = model_map.host

@@ -44,11 +44,14 @@ def writing(path: Path) -> Iterator[Path]:
 def explain(error: OSError, path: Path) -> UserError:
     """The user's words for what the operating system said about ``path``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"the disk is full: {path} could not be written",
-                         "free some space and run the same command with --resume")
+        return UserError(
+            f"the disk is full: {path} could not be written", "free some space and run the same command with --resume"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{path.parent} cannot be written", "choose another --out")
-    return UserError(f"{path} could not be written: {error.strerror or error}", "check the disk, then run again with --resume")
+    return UserError(
+        f"{path} could not be written: {error.strerror or error}", "check the disk, then run again with --resume"
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,8 +71,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
 
     with writing(path) as temporary:
         try:
-            save_file({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, temporary,
-                      metadata={"format": "pt"})
+            save_file(
+                {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)},
+                temporary,
+                metadata={"format": "pt"},
+            )
         except Exception as error:  # safetensors wraps OSError in its own type
             if "os error 28" in str(error) or "No space left" in str(error):
                 raise OSError(errno.ENOSPC, "No space left on device") from error

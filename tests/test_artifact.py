@@ -21,8 +21,14 @@ import mambacompress as mc
 from mambacompress import artifact, storage
 from mambacompress.cli import app
 
-RECIPE = {"name": "fast", "passes": [{"fuse_norms": {}}, {"rotate": {"residual": "klt-hadamard", "out": "hadamard"}},
-                                     {"quantize": {"weights": "int8", "activations": "int8-token"}}]}
+RECIPE = {
+    "name": "fast",
+    "passes": [
+        {"fuse_norms": {}},
+        {"rotate": {"residual": "klt-hadamard", "out": "hadamard"}},
+        {"quantize": {"weights": "int8", "activations": "int8-token"}},
+    ],
+}
 
 
 @pytest.fixture
@@ -45,20 +51,24 @@ def one_sentence(result: Any, code: int, says: str) -> None:
 
 
 def python(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_transformers_loads_it_after_the_import_and_runs_the_same(made: Path) -> None:
-    import mambacompress.hf  # noqa: F401
     from transformers import AutoModelForCausalLM
+
+    import mambacompress.hf  # noqa: F401
 
     ids_BL = torch.randint(1, 97, (2, 9))
     ours, theirs = mc.load(made), AutoModelForCausalLM.from_pretrained(made)
     assert torch.equal(ours(ids_BL, use_cache=False).logits, theirs(ids_BL, use_cache=False).logits)
     assert theirs.lm_head.qweight.data_ptr() == theirs.backbone.embeddings.qweight.data_ptr(), "the tie is lost"
-    assert torch.equal(ours.generate(ids_BL, max_new_tokens=6, do_sample=False), theirs.generate(ids_BL, max_new_tokens=6,
-                                                                                              do_sample=False))
+    assert torch.equal(
+        ours.generate(ids_BL, max_new_tokens=6, do_sample=False),
+        theirs.generate(ids_BL, max_new_tokens=6, do_sample=False),
+    )
 
 
 @pytest.mark.parametrize("loader", ["AutoModelForCausalLM", "MambaForCausalLM"])
@@ -89,7 +99,12 @@ def test_shards_hold_the_same_tensors(made: Path, tmp_path: Path, monkeypatch: p
     files = artifact.assemble(parts, tmp_path / "sharded")
     assert "model.safetensors.index.json" in files
     assert len(files) > 3
-    merged = {name: tensor for file in files if file.endswith("tensors") for name, tensor in load_file(tmp_path / "sharded" / file).items()}
+    merged = {
+        name: tensor
+        for file in files
+        if file.endswith("tensors")
+        for name, tensor in load_file(tmp_path / "sharded" / file).items()
+    }
     assert merged.keys() == whole.keys()
     assert all(torch.equal(merged[name], whole[name]) for name in names)
 
@@ -181,8 +196,16 @@ def test_an_unknown_recipe_and_key(model_directory: Any, text: Path) -> None:
 
 
 def test_a_group_that_does_not_divide(model_directory: Any, text: Path, tmp_path: Path) -> None:
-    result = quantize(model_directory(), text, "--out", tmp_path / "o", "--set", "passes.quantize.weights=int4", "--set",
-                      "passes.quantize.group_size=24")
+    result = quantize(
+        model_directory(),
+        text,
+        "--out",
+        tmp_path / "o",
+        "--set",
+        "passes.quantize.weights=int4",
+        "--set",
+        "passes.quantize.group_size=24",
+    )
     one_sentence(result, 2, "do not divide")
 
 
@@ -230,7 +253,9 @@ def test_an_output_that_cannot_be_written(model_directory: Any, text: Path) -> N
 def test_a_full_disk(model_directory: Any, text: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(small)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(small)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
         one_sentence(quantize(model_directory(), text, "--out", small / "out"), 2, "the disk is full")
@@ -243,11 +268,32 @@ def test_a_full_disk(model_directory: Any, text: Path, tmp_path: Path) -> None:
 
 def test_interrupted_it_says_how_to_go_on(model_directory: Any, text: Path, tmp_path: Path) -> None:
     source, out = model_directory(num_hidden_layers=6), tmp_path / "out"
-    command = [sys.executable, "-m", "mambacompress", "quantize", str(source), "--text", str(text), "--recipe", "w8a8", "--set",
-               "calibration.sequences=16", "--set", "calibration.length=64", "--set", "checks.max_perplexity_ratio=null",
-               "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    command = [
+        sys.executable,
+        "-m",
+        "mambacompress",
+        "quantize",
+        str(source),
+        "--text",
+        str(text),
+        "--recipe",
+        "w8a8",
+        "--set",
+        "calibration.sequences=16",
+        "--set",
+        "calibration.length=64",
+        "--set",
+        "checks.max_perplexity_ratio=null",
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 120
     while not (out.with_name("out.partial") / "block-00000.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)

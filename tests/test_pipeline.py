@@ -20,8 +20,14 @@ import mambacompress as mc
 from mambacompress.models import packed
 from mambacompress.recipe import recipe_names
 
-FAST = {"name": "fast", "passes": [{"fuse_norms": {}}, {"rotate": {"residual": "klt-hadamard", "out": "hadamard"}},
-                                   {"quantize": {"weights": "int8", "activations": "int8-token"}}]}
+FAST = {
+    "name": "fast",
+    "passes": [
+        {"fuse_norms": {}},
+        {"rotate": {"residual": "klt-hadamard", "out": "hadamard"}},
+        {"quantize": {"weights": "int8", "activations": "int8-token"}},
+    ],
+}
 NO_CHECKS = ("checks.max_perplexity_ratio=null",)
 
 
@@ -30,8 +36,11 @@ def tokens(sequences: int = 4, length: int = 24) -> Tensor:
 
 
 def files_of(directory: Path) -> dict[str, str]:
-    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(directory.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
 
 
 def divergence(model: Any, original: Any) -> float:
@@ -43,7 +52,9 @@ def divergence(model: Any, original: Any) -> float:
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_every_recipe_makes_a_model_that_loads_and_agrees(recipe: str, kind: str, model_directory: Any, tmp_path: Path) -> None:
+def test_every_recipe_makes_a_model_that_loads_and_agrees(
+    recipe: str, kind: str, model_directory: Any, tmp_path: Path
+) -> None:
     source = model_directory(kind)
     overrides = [*NO_CHECKS]
     if "smooth" in dict(mc.load_recipe(recipe).steps()):
@@ -85,7 +96,9 @@ class _Stopped(Exception):
 def test_a_run_stopped_at_any_stage_resumes_to_the_same_bytes(model_directory: Any, tmp_path: Path) -> None:
     source = model_directory()
     stages: list[str] = []
-    mc.quantize(source, FAST, calibration=tokens(), out=tmp_path / "whole", progress=lambda *stage: stages.append(str(stage)))
+    mc.quantize(
+        source, FAST, calibration=tokens(), out=tmp_path / "whole", progress=lambda *stage: stages.append(str(stage))
+    )
     whole = files_of(tmp_path / "whole")
     for stop in range(len(stages)):
         count = [0]
@@ -147,8 +160,9 @@ def _stop_in_block(stage: str, *_: Any) -> None:
         raise _Stopped
 
 
-def test_packed_weights_are_what_runs_and_all_that_is_kept(model_directory: Any, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_weights_are_what_runs_and_all_that_is_kept(
+    model_directory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = model_directory(hidden_size=128, intermediate_size=256, time_step_rank=8)
     mc.quantize(source, FAST, calibration=tokens(), out=tmp_path / "out")
     stored = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
@@ -168,8 +182,11 @@ def test_packed_weights_are_what_runs_and_all_that_is_kept(model_directory: Any,
     with torch.no_grad():
         model(tokens(1, 8), use_cache=False)
     gc.collect()
-    live = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in gc.get_objects() if isinstance(t, Tensor) and id(t) not in before and not t.is_meta}
+    live = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in gc.get_objects()
+        if isinstance(t, Tensor) and id(t) not in before and not t.is_meta
+    }
     assert len(ran) == 2 * 4 + 1, "four matrices a block and the head"
     assert sum(live.values()) <= 1.1 * stored, f"{sum(live.values())} bytes live, {stored} stored"
 
@@ -187,14 +204,18 @@ def test_one_step_at_a_time_agrees_with_all_at_once(model_directory: Any) -> Non
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("passes", "says"), [
-    ([{"quantize": {}}, {"fuse_norms": {}}], "undo or falsify"),
-    ([{"rotate": {"residual": "hadamard"}}, {"fuse_norms": {}}, {"quantize": {}}], "undo or falsify"),
-    ([{"rotate": {"residual": "hadamard"}}, {"quantize": {}}], "needs fuse_norms"),
-    ([{"quantize": {"weights": "int4", "group_size": 24}}], "do not divide"),
-])
-def test_what_cannot_work_is_refused_before_anything_is_read(passes: list[Any], says: str, model_directory: Any,
-                                                             tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("passes", "says"),
+    [
+        ([{"quantize": {}}, {"fuse_norms": {}}], "undo or falsify"),
+        ([{"rotate": {"residual": "hadamard"}}, {"fuse_norms": {}}, {"quantize": {}}], "undo or falsify"),
+        ([{"rotate": {"residual": "hadamard"}}, {"quantize": {}}], "needs fuse_norms"),
+        ([{"quantize": {"weights": "int4", "group_size": 24}}], "do not divide"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_read(
+    passes: list[Any], says: str, model_directory: Any, tmp_path: Path
+) -> None:
     source = model_directory()
     with pytest.raises(mc.UserError, match=says):
         mc.quantize(source, {"passes": passes}, calibration=tokens(), out=tmp_path / "out")

@@ -1,15 +1,16 @@
 """What a pass is, and what the pipeline gives it.
 
-A pass lives twice: ``plan`` is pure (it is the dry run: it validates shapes, sizes and order on meta tensors and names what
-it refuses), then the pipeline walks the model and calls the hooks, in recipe order:
+A pass lives twice: ``plan`` is pure (it is the dry run: it validates shapes, sizes and order on meta tensors and names
+what it refuses), then the pipeline walks the model and calls the hooks, in recipe order:
 
-    sweep     observe(hidden)      once per block on the float model, only where ``needs_sweep``; ``prepare()`` closes it
-    enter     enter_embedding, enter_block, enter_head     model-wide edits (norm folding, the residual's rotation); the
+    sweep     observe(hidden)      once per block on the float model, only where ``needs_sweep``; ``prepare()`` closes
+    it enter     enter_embedding, enter_block, enter_head     model-wide edits (norm folding, the residual's rotation);
+    the
               calibration inputs of a block are already in the basis these edits create
     apply     apply_embedding, apply_block, apply_head     edits of one block, from its calibration run
 
-Model-wide and block-local edits touch different streams, so they commute exactly; that is what lets ``enter`` of every pass
-run before ``apply`` of the first.
+Model-wide and block-local edits touch different streams, so they commute exactly; that is what lets ``enter`` of every
+pass run before ``apply`` of the first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from mambacompress.models.modelmap import Block, ModelMap
 
 @dataclass(frozen=True)
 class Edit:
-    """One line of the plan. block: None for the whole model. online: costs something at run time. bits: stored, if packed."""
+    """One line of the plan. block: None for the whole model. online: costs something at run time. bits: stored, if
+    packed."""
 
     pass_name: str
     block: int | None
