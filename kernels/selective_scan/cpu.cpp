@@ -158,13 +158,14 @@ struct Tile {
 
 // G states of one block of channels over a tile, forward again from the checkpoint and then back. dB, dC: [token][G][W] sums
 // over the blocks of the task; dh, dA: [n][W] of this block.
+// GATED: C . h is needed too, for the gradient of the gate.
+template <bool GATED>
 struct Retreat {
     int64_t N, tokens;
     const float *A2, *B, *C, *checkpoint;
     const bool* restart;
     Tile* tile;
     float *dh, *dA, *dB, *dC;
-    bool wants_y;
 
     template <int G>
     MC_INLINE void run(int64_t first) const {
@@ -178,17 +179,20 @@ struct Retreat {
             const float *B_t = B + t * N + first, *C_t = C + t * N + first;
             const V step = tile->dt[t], input = tile->dtu[t];
             V y = tile->y[t];
+            if (restart[t]) {
+                for (int i = 0; i < G; ++i) {
+                    a_all[t][i] = zero();
+                    h_all[t][i] = h[i] = input * set1(B_t[i]);
+                    y = fma(h[i], set1(C_t[i]), y);
+                }
+                tile->y[t] = y;
+                continue;
+            }
             MC_UNROLL(8)
             for (int i = 0; i < G; ++i) {
-                V a = exp2_finite(step * A[i]), fresh = input * set1(B_t[i]);
-                h[i] = fma(h[i], a, fresh);
-                if (restart[t]) {
-                    a = zero();
-                    h[i] = fresh;
-                }
-                a_all[t][i] = a;
-                h_all[t][i] = h[i];
-                if (wants_y) y = fma(h[i], set1(C_t[i]), y);
+                a_all[t][i] = exp2_finite(step * A[i]);
+                h_all[t][i] = h[i] = fma(h[i], a_all[t][i], input * set1(B_t[i]));
+                if constexpr (GATED) y = fma(h[i], set1(C_t[i]), y);
             }
             tile->y[t] = y;
         }
@@ -293,9 +297,10 @@ void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_
 }
 
 // The states of all blocks of a tile walked back, G at a time, and their sums over channels added to the task's rows.
+template <bool GATED>
 struct RetreatBlocks {
     const Scan& p;
-    Retreat walk;  // its pointers set to the first block
+    Retreat<GATED> walk;  // its pointers set to the first block
     int64_t blocks, b, group, start;
     Tile* tiles;
     float *dB_part, *dC_part;
@@ -307,7 +312,7 @@ struct RetreatBlocks {
         std::memset(dB, 0, sizeof dB);
         std::memset(dC, 0, sizeof dC);
         for (int64_t k = 0; k < blocks; ++k) {
-            Retreat block = walk;
+            Retreat<GATED> block = walk;
             block.A2 += k * size;
             block.checkpoint += k * size;
             block.dh += k * size;
@@ -374,9 +379,16 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
                 at.y[t] = at.gB[t] = at.gA[t] = zero();
             }
         const float* checkpoint = p.checkpoints + ((b * tiles + tile) * row_blocks + first_block) * size;
-        Retreat walk{N, tokens, A2, B, C, checkpoint, restart, nullptr, dh_all, dA_all, nullptr, nullptr, g.dz.data != nullptr};
-        for_states<BACKWARD_STATES>(
-            N, RetreatBlocks{p, walk, blocks, b, group, start, tile_memory.get(), dB_part, dC_part});
+        auto walk_back = [&](auto gated) {
+            constexpr bool GATED = decltype(gated)::value;
+            Retreat<GATED> walk{N, tokens, A2, B, C, checkpoint, restart, nullptr, dh_all, dA_all, nullptr, nullptr};
+            for_states<BACKWARD_STATES>(
+                N, RetreatBlocks<GATED>{p, walk, blocks, b, group, start, tile_memory.get(), dB_part, dC_part});
+        };
+        if (g.dz.data)
+            walk_back(std::true_type{});
+        else
+            walk_back(std::false_type{});
         for (int64_t t = tokens - 1; t >= 0; --t)
             for (int64_t k = 0; k < blocks; ++k) {
                 const int64_t c = first + k * W;
