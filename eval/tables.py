@@ -70,7 +70,7 @@ def overview(report: ReportData) -> Table:
         ("Smaller", "The baseline's file divided by this one"),
         (
             "Bits",
-            "Codes, scales and masks of all matrices, embeddings included, over the number of weights; below it without the embeddings",
+            "Codes, scales and masks of all matrices over their number of weights; linear: without embeddings",
         ),
     ]
     columns += [
