@@ -20,9 +20,10 @@ from torch import Tensor
 
 from mambacompress.errors import UserError
 from mambacompress.eval import agreement as agree
-from mambacompress.eval import environment, perplexity, schema, stats, tasks
+from mambacompress.eval import environment, perplexity, schema, stats
 from mambacompress.eval import size as sizes
 from mambacompress.eval import speed as speeds
+from mambacompress.eval import tasks as questions
 from mambacompress.eval.report import Report
 from mambacompress.eval.windows import Windows, make_windows, tokens_of
 
@@ -99,7 +100,7 @@ def evaluate(
     models: Sequence[Candidate],
     baseline: Candidate | None = None,
     texts: Texts | None = None,
-    tasks_named: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     *,
     title: str = "Accuracy and size",
     progress: bool = False,
@@ -107,7 +108,7 @@ def evaluate(
 ) -> Report:
     """Measure ``models`` (and ``baseline``, which the changes refer to) and return the report.
 
-    texts: name -> a text, documents, or int64 token ids [n]. tasks_named: local tasks or any task of lm-eval.
+    texts: name -> a text, documents, or int64 token ids [n]. tasks: local tasks or any task of lm-eval.
     settings: context, stride (context where None), windows (the first so many), batch (windows a call), limit
     (questions a task), seed, data (directory of the local tasks), agreement (KL and top-1 against the baseline),
     speed, prompt, steps, repeats (of the speed test). progress: draw rich bars on stderr.
@@ -119,9 +120,9 @@ def evaluate(
         *([baseline] if baseline else []),
         *(m for m in models if baseline is None or m.name != baseline.name),
     ]
-    _check(everyone, texts or {}, tasks_named, chosen)
+    _check(everyone, texts or {}, tasks, chosen)
     with _bars(progress) as bars:
-        rows = list(_rows(everyone, baseline, texts or {}, tasks_named, chosen, _Progress(bars)))
+        rows = list(_rows(everyone, baseline, texts or {}, tasks, chosen, _Progress(bars)))
     notes = [
         "Standard errors of perplexity take windows as independent; those of changes are paired, window by window and "
         "question by question."
@@ -136,7 +137,7 @@ def evaluate(
     return report.compared() if baseline else report
 
 
-def _check(everyone: list[Candidate], texts: Texts, tasks_named: Sequence[str], chosen: Settings) -> None:
+def _check(everyone: list[Candidate], texts: Texts, tasks: Sequence[str], chosen: Settings) -> None:
     if not everyone:
         raise UserError("no model was named", "name a model directory, an artifact or `demo`")
     names = [candidate.name for candidate in everyone]
@@ -151,15 +152,15 @@ def _check(everyone: list[Candidate], texts: Texts, tasks_named: Sequence[str], 
         ):
             raise UserError(f"the evaluation text {name!r} is empty", "give a text file that holds text with --text")
     make_windows(torch.zeros(2, dtype=torch.int64), chosen.context, chosen.stride, chosen.windows)
-    if tasks_named:
-        tasks.check(tasks_named, chosen.data)
+    if tasks:
+        questions.check(tasks, chosen.data)
 
 
 def _rows(
     everyone: list[Candidate],
     baseline: Candidate | None,
     texts: Texts,
-    tasks_named: Sequence[str],
+    tasks: Sequence[str],
     chosen: Settings,
     progress: _Progress,
 ) -> Iterator[schema.ModelResult]:
@@ -190,9 +191,9 @@ def _rows(
             _text(row, name, cut, model, against, reference_windows.get(name), chosen, progress)
         if not texts:
             row.not_measured.append("perplexity, KL divergence and agreement: no text was given")
-        for task in tasks_named:
+        for task in tasks:
             _task(row, task, model, tokenizer, chosen, progress)
-        if not tasks_named:
+        if not tasks:
             row.not_measured.append("task accuracy: no task was named")
         if chosen.speed:
             with progress.task(f"{candidate.name}: speed"):
@@ -274,7 +275,7 @@ def _task(
     row: schema.ModelResult, name: str, model: Any, tokenizer: Any, chosen: Settings, progress: _Progress
 ) -> None:
     with progress.task(f"{row.name}: {name}") as bar:
-        found = tasks.run_task(
+        found = questions.run_task(
             model,
             tokenizer,
             name,

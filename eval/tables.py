@@ -131,7 +131,7 @@ def quality(report: ReportData) -> Table:
                 [
                     _name(row, report, plain=True),
                     Cell(text.text),
-                    Cell(f"{text.perplexity:.2f}", plus_minus(text.se), text.perplexity),
+                    Cell(quantity(text.perplexity), plus_minus(text.se), text.perplexity),
                     Cell(
                         signed_percent(change.ratio - 1),
                         plus_minus(change.ratio_se, percent=True),
@@ -329,6 +329,11 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.{digits - 1}e}" if places > 7 else f"{value:.{places}f}"
 
 
+def quantity(value: float) -> str:
+    """A perplexity: two places, or none and separators from 10,000 on."""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.2f}"
+
+
 def percent(value: float, places: int = 2) -> str:
     """0.1234 -> 12.34 %."""
     return f"{100 * value:.{places}f} %"
@@ -348,7 +353,9 @@ def plus_minus(se: float | None, *, percent: bool = False) -> str:
     """± and two significant digits; empty where the error is not known."""
     if se is None:
         return ""
-    return f"± {significant(100 * se, 2)} %" if percent else f"± {significant(se, 2)}"
+    if percent:
+        return f"± {significant(100 * se, 2)} %"
+    return f"± {quantity(se) if se >= 10_000 else significant(se, 2)}"
 
 
 def tone(difference: float, se: float | None, *, higher_is_better: bool) -> Tone:
@@ -406,10 +413,10 @@ def _perplexity(row: ModelResult, name: str) -> Cell:
         return missing("")
     change = text.change
     if change is None:
-        return Cell(f"{text.perplexity:.2f}", plus_minus(text.se), text.perplexity)
+        return Cell(quantity(text.perplexity), plus_minus(text.se), text.perplexity)
     below = f"{signed_percent(change.ratio - 1)} {plus_minus(change.ratio_se, percent=True)}"
     return Cell(
-        f"{text.perplexity:.2f}",
+        quantity(text.perplexity),
         below,
         text.perplexity,
         tone(change.ratio - 1, change.ratio_se, higher_is_better=False),
@@ -419,7 +426,7 @@ def _perplexity(row: ModelResult, name: str) -> Cell:
 def _task(task: TaskResult | None) -> Cell:
     if task is None:
         return missing()
-    shown: Callable[[float], str] = (lambda v: f"{v:.2f}") if task.metric == "perplexity" else percent
+    shown: Callable[[float], str] = quantity if task.metric == "perplexity" else percent
     share = task.metric != "perplexity"
     text = f"{shown(task.value)} {plus_minus(task.se, percent=share)}"
     change = task.change

@@ -153,7 +153,7 @@ def test_options_that_take_several_values(calls: Calls, tmp_path: Path):
     [(_, (candidates,), named), (_, saved, _)] = calls
     assert [candidate.name for candidate in candidates] == ["one", "two"]
     assert named["texts"] == {"a": ["text a"], "b": ["text b"]}
-    assert named["tasks_named"] == ["blimp", "piqa", "copa"]
+    assert named["tasks"] == ["blimp", "piqa", "copa"]
     assert (named["baseline"].name, named["windows"], saved) == ("m", 60, (Path("r"),))
     assert "the table" in shown.output
 

@@ -56,7 +56,7 @@ def evaluate(
             [_candidate(model, device) for model in models],
             baseline=None if baseline is None else _candidate(baseline, device),
             texts=texts or {"python_stdlib_test": stdlib_texts("test")},
-            tasks_named=names,
+            tasks=names,
             progress=True,
             **chosen,
         )

@@ -124,7 +124,7 @@ def test_another_tokenizer_is_not_compared(pair: tuple[Candidate, Candidate], ch
         ({"stride": 65}, "leaves tokens out"),
         ({"context": 1}, "predicts nothing"),
         ({"limit": 0}, "asks no question"),
-        ({"tasks_named": ["piqa"], "data": "nowhere"}, "does not exist"),
+        ({"tasks": ["piqa"], "data": "nowhere"}, "does not exist"),
     ],
 )
 def test_bad_requests_stop_before_a_model_is_loaded(change: dict[str, Any], words: str) -> None:

@@ -118,7 +118,9 @@ def test_missing_data_names_the_file(questions: Path, tmp_path: Path, monkeypatc
     tasks.check(["piqa"])
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"{]\n"), gzip.compress(b"\n")])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(b"{]\n"), gzip.compress(b"\n")], ids=["plain", "json", "empty"]
+)
 def test_damaged_data_is_an_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.jsonl\.gz"):
