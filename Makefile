@@ -25,7 +25,7 @@ demo: $(VENV)/demo.ready
 	$(BIN)/mambacompress report demo-report
 
 test: $(VENV)/dev.ready
-	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_FLAGS)
 
 check: $(VENV)/dev.ready
 	$(BIN)/ruff check .

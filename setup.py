@@ -18,7 +18,8 @@ try:
 except ImportError:  # setuptools < 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-SPEC = importlib.util.spec_from_file_location("compile_native", Path(__file__).parent / "kernels" / "compile.py")
+KERNELS = Path(__file__).parent / "mambacompress" / "kernels"  # in a source distribution the room lies only here
+SPEC = importlib.util.spec_from_file_location("compile_native", KERNELS / "compile.py")
 compile_native = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(compile_native)
 

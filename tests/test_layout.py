@@ -23,7 +23,7 @@ LEVELS = (
     ("errors", "numerics", "kernels"),
     ("models",),
     ("schema", "recipe", "data", "passes", "training", "demo"),
-    ("storage", "calibration", "card", "artifact"),
+    ("storage", "calibration", "card", "workdir", "artifact"),
     ("pipeline",),
     ("hf", "export"),
     ("api",),
@@ -31,11 +31,12 @@ LEVELS = (
     ("__init__", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-IMPORTS_TRANSFORMERS = ("models/families", "hf.py", "training/hf_callback", "data.py", "eval")
+IMPORTS_TRANSFORMERS = ("models/families", "hf.py", "training/hf_callback", "training/recipes", "data.py", "eval")
 # What these may import although it stands later: pure file helpers, nothing that knows models.
 LEAVES = {"storage"}
 
 
+NO_COMPILER = "no-such-compiler"  # as $CXX: an install must go on without one, and does not spend a minute on it
 INSTALL = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation")
 
 
@@ -203,12 +204,16 @@ def expected_files() -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("packages")  # one worker builds
 def test_the_wheel_and_the_sdist_hold_every_room(built: Path):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         missing = expected_files() - set(wheel.namelist())
         assert not missing, f"the wheel lacks {sorted(missing)}"
         assert "mambacompress/kernels/__init__.py" not in wheel.namelist()
         assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+        if any(map(shutil.which, ("g++", "clang++", "c++"))):
+            assert "mambacompress/_native.so" in wheel.namelist()
+            assert next(built.glob("*.whl")).name.split("-")[2:4] == ["py3", "none"]
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
         missing = expected_files() - names
@@ -216,15 +221,18 @@ def test_the_wheel_and_the_sdist_hold_every_room(built: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("packages")
 @pytest.mark.parametrize("kind", ["*.whl", "*.tar.gz"])
 def test_an_installed_copy_works_away_from_the_source(built: Path, kind: str, tmp_path: Path):
-    run(*INSTALL, "--target", tmp_path / "site", next(built.glob(kind)))
+    """The wheel brings its native library; the sdist installs without a compiler too."""
+    run(*INSTALL, "--target", tmp_path / "site", next(built.glob(kind)), CXX=NO_COMPILER)
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import mambacompress as mc\n"
             "assert mc.__file__.startswith(sys.argv[1]), mc.__file__\n"
-            "from mambacompress.kernels import registry\n"
+            "from mambacompress.kernels import native, registry\n"
             "from mambacompress.recipe import load_recipe, recipe_names\n"
             "assert [load_recipe(name) for name in recipe_names()]\n"
-            "import mambacompress.models.mixers, mambacompress.cli")
+            "import mambacompress.models.mixers, mambacompress.cli\n"
+            "print('native' if native.library() else native.why_not())")
     run(sys.executable, "-c", code, str(tmp_path / "site"), cwd=tmp_path)
 
 
@@ -233,7 +241,7 @@ def test_an_editable_install_sees_the_rooms(copy: Path, tmp_path: Path):
     """In an environment of its own, the dependencies borrowed from this one."""
     environment = tmp_path / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", environment)
-    run(*INSTALL, "--prefix", environment, "-e", copy)
+    run(*INSTALL, "--prefix", environment, "-e", copy, CXX=NO_COMPILER)
     code = ("import mambacompress.recipe as r, mambacompress.kernels.registry as k; assert r.recipe_names()\n"
             "import sys; assert r.__file__.startswith(sys.argv[1]), r.__file__")
     run(environment / "bin" / "python", "-c", code, str(copy), cwd=tmp_path, PYTHONPATH=sysconfig.get_path("purelib"))
