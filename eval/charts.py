@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mambacompress.eval.figures import human_bytes, percent, plus_minus, signed_percent, significant
 from mambacompress.eval.plot import Chart, Point, scale_for
 from mambacompress.eval.schema import ModelResult, ReportData
-from mambacompress.eval.tables import human_bytes, percent, plus_minus, signed_percent, significant
 
 Value = tuple[float, float | None, str]
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mambacompress.eval.charts import charts
+from mambacompress.eval.figures import human_bytes, percent, plus_minus, signed_percent
 from mambacompress.eval.plot import pareto, svg
 from mambacompress.eval.schema import ReportData
-from mambacompress.eval.tables import Cell, Table, human_bytes, percent, plus_minus, signed_percent, tables
+from mambacompress.eval.tables import Cell, Table, tables
 
 TEMPLATES = Path(__file__).parent / "templates"
 
