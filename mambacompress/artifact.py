@@ -26,7 +26,7 @@ from mambacompress import storage
 from mambacompress.errors import CheckFailed, UserError
 from mambacompress.models import heads, mixers, packed
 from mambacompress.models.families import adopt
-from mambacompress.models.families.checkpoint import empty_host
+from mambacompress.models.families.checkpoint import empty_host, generation_config, read_config
 from mambacompress.models.modelmap import ModelMap, set_module
 
 SCHEMA_VERSION = 1
@@ -120,17 +120,15 @@ def load(directory: str | Path, device: str = "cpu") -> Any:
 
     Raises UserError for anything missing, truncated, renamed or of another schema.
     """
-    from transformers import AutoConfig
-
     directory = Path(directory)
     manifest = read_manifest(directory)
-    config = AutoConfig.from_pretrained(directory)
+    config = read_config(directory)
     model_map = skeleton(config, manifest["layout"])
     load_tensors(model_map.host, directory)
     share_head(model_map)
     host = model_map.host.to(device)
     host.eval()
-    host.generation_config = _generation_config(directory, host)
+    host.generation_config = generation_config(directory, host)
     return host
 
 
@@ -184,14 +182,6 @@ def _place(host: nn.Module, name: str, tensor: Tensor) -> None:
         parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         parent._buffers[leaf] = tensor
-
-
-def _generation_config(directory: Path, host: Any) -> Any:
-    from transformers import GenerationConfig
-
-    if (directory / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(directory)
-    return GenerationConfig.from_model_config(host.config)
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -147,13 +147,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if "model_type" in raw:
         family_of(raw["model_type"])
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
-
-        try:
-            config: Any = AutoConfig.from_pretrained(directory)
-        except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{config_file} is no valid configuration: {str(error).splitlines()[0]}",
-                            "compare it with the original") from error
+        config: Any = read_config(directory)
         readers = _modern(readers)
     elif "d_model" in raw and "n_layer" in raw:
         config, readers = _from_mamba_ssm(raw, readers)
@@ -308,4 +302,35 @@ def _shape(readers: dict[str, Reader], name: str) -> tuple[int, ...]:
     return readers[name].shape
 
 
-__all__ = ["Checkpoint", "Reader", "empty_host", "live_checkpoint", "materialise", "open_checkpoint"]
+
+
+def read_config(directory: Path) -> Any:
+    """The transformers configuration of a directory; raises UserError where it cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{directory / 'config.json'} is no valid configuration: {str(error).splitlines()[0]}",
+                        "compare it with the original") from error
+
+
+def generation_config(directory: Path, host: Any) -> Any:
+    """The directory's own generation configuration, or the one the model's configuration implies."""
+    from transformers import GenerationConfig
+
+    if (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory)
+    return GenerationConfig.from_model_config(host.config)
+
+
+__all__ = [
+    "Checkpoint",
+    "Reader",
+    "empty_host",
+    "generation_config",
+    "live_checkpoint",
+    "materialise",
+    "open_checkpoint",
+    "read_config",
+]
