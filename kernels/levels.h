@@ -10,7 +10,7 @@
 //     #include "levels.h"              // includes MC_SELF once a level, with MC_LEVEL defined
 //     extern "C" MC_EXPORT void mc_op(...) { MC_DISPATCH(op, ...); }
 //     #else
-//     namespace MC_LEVEL { ... the op ... }
+//     namespace MC_LEVEL { namespace { ... the op, unseen by other files ... } }
 //     #endif
 //
 // Floating point contraction is off and -ffast-math is not used: what a level computes depends neither on the number of

@@ -36,6 +36,7 @@ extern "C" MC_EXPORT void mc_conv_backward(const Conv* p, const ConvGradient* g)
 #else
 
 namespace MC_LEVEL {
+namespace {
 
 // The input at position t, which lies in the initial state where it is negative (zeros where there is none).
 MC_INLINE V input(const Conv& p, int64_t b, int64_t t, int64_t c, int count) {
@@ -166,6 +167,7 @@ void conv_backward(const Conv& p, const ConvGradient& g) {
     add_rows(dbias, p.channels, g.dbias);
 }
 
+}  // namespace
 }  // namespace MC_LEVEL
 
 #endif

@@ -45,6 +45,7 @@ extern "C" MC_EXPORT void mc_scan_backward(const Scan* p, const ScanGradient* g)
 #else
 
 namespace MC_LEVEL {
+namespace {
 
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
@@ -470,6 +471,7 @@ void scan_backward(const Scan& p, const ScanGradient& g) {
     add_rows(dbias_part, p.channels, g.dbias);
 }
 
+}  // namespace
 }  // namespace MC_LEVEL
 
 #endif

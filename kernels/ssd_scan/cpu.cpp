@@ -43,6 +43,7 @@ extern "C" MC_EXPORT void mc_ssd_backward(const Ssd* p, const SsdGradient* g) { 
 #else
 
 namespace MC_LEVEL {
+namespace {
 
 constexpr int ROWS = 2;                              // rows p in registers
 constexpr int VECTORS = MC_WIDTH == 16 ? 8 : 4;      // vectors of states in registers, a row
@@ -408,6 +409,7 @@ void ssd_backward(const Ssd& p, const SsdGradient& g) {
     }
 }
 
+}  // namespace
 }  // namespace MC_LEVEL
 
 #endif

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from mambacompress.kernels import native, registry
+from mambacompress.kernels.compile import CompileError, compile_library, sources
 from mambacompress.kernels.registry import KernelFallback, backend, check_all, choose, chosen, strict
 
 CPU = torch.device("cpu")
@@ -65,8 +68,6 @@ def test_without_the_library_the_reference_runs_and_says_why() -> None:
     code = ("import torch; from mambacompress.kernels.causal_conv1d import causal_conv1d; "
             "from mambacompress.kernels.registry import chosen; "
             "causal_conv1d(torch.randn(1, 3, 4), torch.randn(4, 4)); print(chosen()[0].backend, chosen()[0].reason)")
-    import os
-
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={**os.environ, "MAMBACOMPRESS_NATIVE": "0", "PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.stdout.startswith("reference native code switched off")
@@ -83,3 +84,18 @@ def test_levels_are_forced_and_restored() -> None:
     assert native.level() == best
     with pytest.raises(ValueError, match="unknown level 'sse'"):
         native.force_level("sse")
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/compiler", "false"])
+def test_a_compiler_that_fails_leaves_nothing_behind(compiler: str, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(CompileError, match=compiler):
+        compile_library(tmp_path / "_native.so")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_source_is_packaged() -> None:
+    """setup.py compiles what the wheel's package data holds: sources and headers under kernels/."""
+    names = {f"{path.parent.name}/{path.name}" for path in sources()}
+    assert {"kernels/dispatch.cpp", "selective_scan/cpu.cpp", "causal_conv1d/cpu.cpp", "ssd_scan/cpu.cpp"} <= names
