@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory FOLDER [--layers 64] [--width 2560] [--recipe w8a8]
 
-Writes a random Mamba-1 checkpoint (sharded bf16 safetensors, by default the shape of mamba-2.8b) into FOLDER, compresses it
-in a process of its own on random token ids, and samples that process's anonymous resident memory (RssAnon; mapped files are
-the page cache's). Prints the peak and the wall time as JSON.
+Writes a random Mamba-1 checkpoint (sharded bf16 safetensors, by default the shape of mamba-2.8b) into FOLDER,
+compresses it in a process of its own on random token ids, and samples that process's anonymous resident memory
+(RssAnon; mapped files are the page cache's). Prints the peak and the wall time as JSON.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(out.with_name("out.partial"), ignore_errors=True)
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", _RUN, str(source), options.recipe, str(out), str(options.sequences),
-                                str(options.length), str(options.vocabulary)])
+    command = [sys.executable, "-c", _RUN, source, options.recipe, out, options.sequences, options.length,
+               options.vocabulary]
+    process = subprocess.Popen([str(part) for part in command])
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_kib(process.pid))

@@ -28,6 +28,7 @@ from mambacompress.models import heads, mixers, packed
 from mambacompress.models.families import adopt
 from mambacompress.models.families.checkpoint import empty_host, generation_config, read_config
 from mambacompress.models.modelmap import ModelMap, set_module
+from mambacompress.models.packed import PackedHead
 
 SCHEMA_VERSION = 1
 MANIFEST = "mambacompress.json"
@@ -80,6 +81,9 @@ def share_head(model_map: ModelMap) -> None:
     """Make a tied head read the embedding's own tensors."""
     if not model_map.tied:
         return
+    if isinstance(model_map.head.module, PackedHead):
+        # transformers ties parameters, and a packed head shares buffers: what it would tie is not there.
+        model_map.host.all_tied_weights_keys = {}
     head: Any = model_map.head.module
     embedding = model_map.embedding.module
     if hasattr(head, "tie"):

@@ -1,22 +1,31 @@
 """A small, honest language-model trainer: packed windows, AdamW, a cosine or WSD schedule, on accelerate.
 
-The data order is a function of the seed and the step alone, so a run resumes to the same losses, and two processes (each
-takes its share of every batch) see the losses of one. Processes, devices and precision are accelerate's business.
+The data order is a function of the seed and the step alone, so a run resumes to the same losses, bit for bit, and two
+processes (each takes its share of every batch) see the losses of one. Processes and devices are accelerate's business.
 
-Checkpoints: the model as an ordinary Hugging Face directory and the optimizer's state beside it (tensors and numbers only,
-read back with weights_only). Ctrl-C writes one before it stops.
+A checkpoint is one safetensors file: the parameters, both moments of AdamW and the number of steps done. It is either
+whole or not there, so that a kill at any moment leaves a run that resumes. Ctrl-C, or a caller that stops reading,
+writes one before it stops; a Ctrl-C in the middle of an update waits until the update is whole.
 
-Schedules: cosine to ``final`` x peak; WSD (warm-up, stable, decay): constant, then linear to ``final`` over the last fifth.
+Schedules: cosine to ``final`` x peak; WSD (warm-up, stable, decay): constant, then linear to ``final`` over the last
+fifth. Precision ``bf16`` computes under autocast; weights, moments and the loss stay fp32.
+
+Legend: B batch, L tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,12 +33,23 @@ from torch import Tensor
 
 from mambacompress import storage
 from mambacompress.data import training_batches
-from mambacompress.errors import UserError
+from mambacompress.errors import UserError, did_you_mean
+
+CHECKPOINT = "checkpoint.safetensors"
+RUN = "trainer.json"
+SCHEDULES = ("cosine", "wsd")
+PRECISIONS = ("no", "bf16")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """steps: optimizer steps. batch: sequences a step, over all processes and accumulations. length: tokens a sequence."""
+    """What a run is. Raises UserError for values that cannot work.
+
+    steps: optimizer steps. batch: sequences a step, over all processes and accumulations. length: tokens a sequence.
+    learning_rate: the peak, reached after ``warmup`` steps; ``final``: what is left of it at the end. clip: the largest
+    gradient norm. accumulate: micro-batches a step. precision: ``no`` (fp32) or ``bf16``.
+    """
 
     steps: int
     batch: int = 8
@@ -46,10 +66,16 @@ class TrainConfig:
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("cosine", "wsd"):
-            raise UserError(f"unknown schedule {self.schedule!r}", "choose cosine or wsd")
+        for name, value, known in (("schedule", self.schedule, SCHEDULES), ("precision", self.precision, PRECISIONS)):
+            if value not in known:
+                raise UserError(f"unknown {name} {value!r}{did_you_mean(value, known)}", f"choose {' or '.join(known)}")
+        for name, least in (("steps", 1), ("batch", 1), ("length", 2), ("warmup", 0), ("accumulate", 1),
+                            ("save_every", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} = {getattr(self, name)} is no training run", f"make it at least {least}")
         if self.batch % self.accumulate:
-            raise UserError(f"batch {self.batch} does not divide into {self.accumulate} accumulations", "change one of them")
+            raise UserError(f"a batch of {self.batch} does not divide into {self.accumulate} accumulations",
+                            "change one of them")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -65,88 +91,164 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def token_loss(model: Any, ids_BL: Tensor) -> Tensor:
-    """Mean next-token cross-entropy over [B, L], logits in fp32."""
+    """Mean next-token cross-entropy over int64 [B, L], logits in fp32; a scalar."""
     logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
     return torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten())
 
 
 def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices alone: never A_log, D, biases, norms or the convolution."""
-    decayed, kept = [], []
+    decayed: list[Tensor] = []
+    kept: list[Tensor] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() == 2 and not name.endswith("A_log") and ".conv." not in name
         (decayed if matrix else kept).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
-def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *, resume: bool = False,
-          quiet: bool = False) -> Iterator[dict[str, float]]:
-    """Train ``model`` on one row of token ids; yields {step, loss, rate, tokens_per_second} after each step.
+def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *,
+          resume: bool = False) -> Iterator[dict[str, float]]:
+    """Train ``model`` in place on one row of token ids; yields {step, loss, rate, tokens_per_second} after each step.
 
-    Checkpoints go to ``out``. With ``resume`` the run in ``out`` goes on where it was. Raises UserError where ``out`` holds
-    a run of another configuration.
+    model: called as ``model(input_ids=int64 [B, L], use_cache=False).logits`` ([B, L, V]); left in training mode.
+    tokens: int64 [n]. Checkpoints go to ``out``; with ``resume`` the run in ``out`` goes on where it was (from the
+    start, where there is none yet).
+
+    Raises UserError where ``out`` holds a run that is not resumed, or one of another configuration, text or model;
+    where the batch does not divide over the processes; and where the loss or its gradient is not finite (the last
+    checkpoint is from before).
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision=config.precision)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), eps=1e-8)
-    start = _restore(model, optimizer, config, out) if resume and (out / "trainer.json").is_file() else 0
-    model.train()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    accelerator = Accelerator(mixed_precision="no")
     share = config.batch // (config.accumulate * accelerator.num_processes)
     if share * config.accumulate * accelerator.num_processes != config.batch:
-        raise UserError(f"batch {config.batch} does not divide over {accelerator.num_processes} processes", "change --batch")
-    step = start
+        raise UserError(f"a batch of {config.batch} does not divide over {accelerator.num_processes} processes "
+                        f"x {config.accumulate} accumulations", "use another number of processes")
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), eps=1e-8)
+    start = _begin(model, optimizer, config, tokens, out, resume, accelerator.is_main_process)
+    model.train()
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    done = start
     try:
-        for step, batch_BL in enumerate(training_batches(tokens, config.batch, config.length, config.seed, start), start):
-            if step >= config.steps:
+        for batch_BL in training_batches(tokens, config.batch, config.length, config.seed, start):
+            if done >= config.steps:
                 break
-            began = time.perf_counter()
+            began, step = time.perf_counter(), done
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            total = torch.zeros(())
-            for micro_BL in batch_BL.split(share * accelerator.num_processes):
-                mine_BL = micro_BL[accelerator.process_index * share :][:share].to(accelerator.device)
-                with accelerator.autocast():
-                    loss = token_loss(wrapped, mine_BL) / config.accumulate
-                accelerator.backward(loss)
-                total += loss.detach().cpu()
-            accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            mean = accelerator.gather(total.to(accelerator.device)).mean().item()
-            if not math.isfinite(mean):
-                raise UserError(f"the loss became {mean} at step {step}", "lower --learning-rate, then --resume")
+            loss = _backward(accelerator, wrapped, batch_BL, share, config)
+            norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
+            for what, value in (("loss", loss), ("gradient's norm", float(norm))):
+                if not math.isfinite(value):
+                    raise UserError(f"the {what} became {value} at step {step}",
+                                    "check the model, or start again with a lower learning rate")
+            with _uninterrupted():
+                prepared.step()
+                done = step + 1
+            prepared.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - began
-            yield {"step": step, "loss": mean, "rate": learning_rate(config, step),
+            if done % config.save_every == 0 and accelerator.is_main_process:
+                _save(model, optimizer, out, done)
+            yield {"step": step, "loss": loss, "rate": learning_rate(config, step),
                    "tokens_per_second": config.batch * config.length / seconds}
-            if (step + 1) % config.save_every == 0 and accelerator.is_main_process:
-                _save(accelerator.unwrap_model(wrapped), optimizer, config, out, step + 1)
     except (KeyboardInterrupt, GeneratorExit):
         if accelerator.is_main_process:
-            _save(accelerator.unwrap_model(wrapped), optimizer, config, out, step)
+            _save(model, optimizer, out, done)
         raise
     if accelerator.is_main_process:
-        _save(accelerator.unwrap_model(wrapped), optimizer, config, out, config.steps)
+        _save(model, optimizer, out, done)
 
 
-def _save(model: Any, optimizer: Any, config: TrainConfig, out: Path, step: int) -> None:
-    storage.make_directory(out)
-    storage.write_tensors(out / "trainer.safetensors", dict(model.named_parameters()))
-    with storage.writing(out / "optimizer.pt") as temporary:
-        torch.save(optimizer.state_dict(), temporary)
-    storage.write_json(out / "trainer.json", {"step": step, "config": asdict(config)})
+def _backward(accelerator: Any, wrapped: Any, batch_BL: Tensor, share: int, config: TrainConfig) -> float:
+    """Gradients of one batch, accumulated over this process's micro-batches; the loss, averaged over all processes."""
+    total = torch.zeros((), device=accelerator.device)
+    first = accelerator.process_index * share
+    for i, micro_BL in enumerate(batch_BL.split(share * accelerator.num_processes)):
+        last = i == config.accumulate - 1
+        mine_BL = micro_BL[first : first + share].to(accelerator.device)
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = token_loss(wrapped, mine_BL) / config.accumulate
+            accelerator.backward(loss)
+        total += loss.detach()
+    return float(accelerator.gather(total).mean())
 
 
-def _restore(model: Any, optimizer: Any, config: TrainConfig, out: Path) -> int:
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold a Ctrl-C back until the block is through."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread alone
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+    if held and callable(before):
+        before(*held[0])
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise UserError where ``out`` holds the checkpoint of a run."""
+    if (out / CHECKPOINT).is_file():
+        raise UserError(f"{out} already holds a run", "continue it with --resume, or choose another --out")
+
+
+def _begin(model: Any, optimizer: Any, config: TrainConfig, tokens: Tensor, out: Path, resume: bool, main: bool) -> int:
+    """Check what ``out`` holds against this run, restore it where asked; the number of steps already done."""
+    run = {"config": asdict(config), "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()}
+    checkpoint = out / CHECKPOINT
+    if not checkpoint.is_file():
+        if main:
+            storage.make_directory(out)
+            storage.write_json(out / RUN, run)
+        return 0
+    if not resume:
+        refuse_existing(out)
+    try:
+        stored = json.loads((out / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / RUN} cannot be read: {error}", "choose another --out") from error
+    if not isinstance(stored, dict) or stored.get("config") != run["config"]:
+        raise UserError(f"the run in {out} has another configuration", "repeat its options, or choose another --out")
+    if stored.get("tokens") != run["tokens"]:
+        raise UserError(f"the run in {out} reads another text", "repeat its options, or choose another --out")
+    return _restore(model, optimizer, checkpoint)
+
+
+def _save(model: Any, optimizer: Any, out: Path, done: int) -> None:
+    tensors = {"steps": torch.tensor(done)}
+    for name, parameter in model.named_parameters():
+        tensors[f"parameter.{name}"] = parameter
+        for moment in MOMENTS:
+            if moment in optimizer.state.get(parameter, {}):
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    storage.write_tensors(out / CHECKPOINT, tensors)
+
+
+def _restore(model: Any, optimizer: Any, path: Path) -> int:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    stored = json.loads((out / "trainer.json").read_text(encoding="utf-8"))
-    if stored["config"] != asdict(config):
-        raise UserError(f"the run in {out} has another configuration", "repeat its options, or choose another --out")
+    try:
+        stored = load_file(path)
+        done = stored.pop("steps")
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"the checkpoint {path} is damaged: {error}", "delete it and start again") from error
     parameters = dict(model.named_parameters())
+    shapes = {name.split(".", 1)[1]: tensor.shape for name, tensor in stored.items() if name.startswith("parameter.")}
+    if shapes != {name: parameter.shape for name, parameter in parameters.items()}:
+        raise UserError(f"the checkpoint {path} is of another model", "repeat its options, or choose another --out")
     with torch.no_grad():
-        for name, tensor in load_file(out / "trainer.safetensors").items():
-            parameters[name].copy_(tensor)
-    optimizer.load_state_dict(torch.load(out / "optimizer.pt", weights_only=True))
-    return int(stored["step"])
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[f"parameter.{name}"])
+            moments = {m: stored[f"{m}.{name}"].to(parameter.device) for m in MOMENTS if f"{m}.{name}" in stored}
+            if moments:
+                optimizer.state[parameter] = {"step": done.to(torch.float32), **moments}
+    return int(done)

@@ -146,7 +146,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     readers = _readers(directory)
     if "model_type" in raw:
         family_of(raw["model_type"])
-        from huggingface_hub.errors import StrictDataclassError
         config: Any = read_config(directory)
         readers = _modern(readers)
     elif "d_model" in raw and "n_layer" in raw:
@@ -306,6 +305,7 @@ def _shape(readers: dict[str, Reader], name: str) -> tuple[int, ...]:
 
 def read_config(directory: Path) -> Any:
     """The transformers configuration of a directory; raises UserError where it cannot be read."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
