@@ -68,4 +68,4 @@ def quantize(
             f"interrupted, and {target} was not written",
             "run the same command with --resume to go on at the block it was in",
         ) from None
-    render.compressed(made)
+    render.compressed(made, model)

@@ -136,15 +136,13 @@ def _figures(made: dict[str, Any]) -> list[str]:
     ]
 
 
-def compressed(made: Compressed) -> None:
+def compressed(made: Compressed, model: str) -> None:
     """The end of a run: where it is, what it cost, what to do next."""
     console = _console()
     console.print(Text(f"{made.directory}"))
     for line in _figures(made.manifest):
         console.print(Text(line))
-    console.print(
-        Text(f"Next: mambacompress evaluate {made.directory} --baseline MODEL, or mc.load({str(made.directory)!r})")
-    )
+    console.print(Text(f"Next: mambacompress evaluate {made.directory} --baseline {model}"))
 
 
 def checks(results: Iterable[CheckResult]) -> None:
