@@ -101,19 +101,29 @@ def _group_size(weights: str | None, group_size: int | None) -> None:
         raise ValueError("int8 weights have one scale a row, group_size belongs to int4: set group_size to null")
 
 
-class MapOverride(Strict):
-    """What differs for one tensor; whatever is not named stays as ``quantize`` says (int8 always drops the group
-    size).
-    """
+class WeightOverride(Strict):
+    """The weight format of one tensor, where it differs; whatever is not named stays (int8 always drops the groups)."""
 
     weights: Weights | None = None
     group_size: PositiveInt | None = None
-    activations: Activations | None = None
 
     @model_validator(mode="after")
-    def _legal(self) -> MapOverride:
+    def _legal(self) -> WeightOverride:
         _group_size(self.weights, self.group_size)
         return self
+
+    def applied(self, weights: Weights, group_size: int | None) -> tuple[Weights, int | None]:
+        """(weights, group size) of the tensor, given those of all."""
+        weights = self.weights or weights
+        if weights == "int8":
+            return weights, None
+        return weights, self.group_size if "group_size" in self.model_fields_set else group_size
+
+
+class MapOverride(WeightOverride):
+    """What differs for one tensor; whatever is not named stays as ``quantize`` says."""
+
+    activations: Activations | None = None
 
 
 class MapFormat(Strict):
@@ -169,9 +179,7 @@ class QuantizeConfig(Strict):
         if tensor not in self.maps:
             return None
         override = self.overrides.get(tensor, MapOverride())  # type: ignore[call-overload]
-        weights = override.weights or self.weights
-        named = "group_size" in override.model_fields_set
-        group_size = None if weights == "int8" else override.group_size if named else self.group_size
+        weights, group_size = override.applied(self.weights, self.group_size)
         activations = "none" if tensor == "embedding" else override.activations or self.activations
         return MapFormat(weights=weights, group_size=group_size, activations=activations)
 
@@ -179,9 +187,10 @@ class QuantizeConfig(Strict):
 class GptqConfig(Strict):
     """Error-compensating rounding of the linears' weights, in the format ``quantize`` packs afterwards.
 
-    weights and group_size: taken from ``quantize`` where not named. damp: share of the mean diagonal added to the
-    Hessian. act_order: round the most excited columns first. refine: sweeps of coordinate descent and scale fitting
-    afterwards. compensate: aim at the float output, making good what the linears before have lost.
+    weights, group_size and overrides (per tensor): taken from ``quantize`` where not named; a tensor at 8 bits is left
+    to it. damp: share of the mean diagonal added to the Hessian. act_order: round the most excited columns first.
+    refine: sweeps of coordinate descent and scale fitting afterwards. compensate: aim at the float output, making good
+    what the linears before have lost.
     """
 
     weights: Weights = "int4"
@@ -191,7 +200,8 @@ class GptqConfig(Strict):
     maps: tuple[TensorName, ...] = Field(LINEARS, min_length=1)
     block: PositiveInt = 128
     refine: NonNegativeInt = 3
-    compensate: bool = True
+    compensate: bool = False
+    overrides: dict[TensorName, WeightOverride] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _legal(self) -> GptqConfig:
@@ -199,6 +209,11 @@ class GptqConfig(Strict):
         if "embedding" in self.maps:
             raise ValueError("an embedding is looked up, not multiplied: gptq has nothing to compensate there")
         return self
+
+    def of(self, tensor: str) -> tuple[Weights, int | None]:
+        """(weights, group size) of a tensor by its recipe name."""
+        override = self.overrides.get(tensor, WeightOverride())  # type: ignore[call-overload]
+        return override.applied(self.weights, self.group_size)
 
 
 class Step(Strict):
@@ -264,9 +279,15 @@ class Recipe(Strict):
         packed: Mapping[str, Any] = next(
             (step["quantize"] for step in plain if isinstance(step.get("quantize"), Mapping)), {}
         )
-        shared = {key: packed[key] for key in ("weights", "group_size") if key in packed} | (
-            {} if "weights" in packed else {"weights": QuantizeConfig.model_fields["weights"].default}
-        )
+        shared: dict[str, Any] = {"weights": QuantizeConfig.model_fields["weights"].default}
+        shared |= {key: packed[key] for key in ("weights", "group_size") if key in packed}
+        overrides = packed.get("overrides")
+        if isinstance(overrides, Mapping) and all(isinstance(override, Mapping) for override in overrides.values()):
+            shared["overrides"] = {
+                name: {key: override[key] for key in ("weights", "group_size") if key in override}
+                for name, override in overrides.items()
+                if name in LINEARS
+            }
         filled = []
         for step in steps:
             if isinstance(step, Mapping) and list(step) == ["gptq"] and isinstance(step["gptq"] or {}, Mapping):
@@ -290,15 +311,15 @@ class Recipe(Strict):
         if quantize is None:
             raise ValueError("gptq rounds weights that no quantize pass packs")
         for tensor in gptq.maps:
-            packed = quantize.of(tensor)
-            if packed is None or (packed.weights, packed.group_size) != (gptq.weights, gptq.group_size):
+            packed, (weights, group_size) = quantize.of(tensor), gptq.of(tensor)
+            if packed is None or (packed.weights, packed.group_size) != (weights, group_size):
                 what = (
                     "leaves it float"
                     if packed is None
                     else f"packs it as {packed.weights}, group size {packed.group_size}"
                 )
                 raise ValueError(
-                    f"gptq rounds {tensor} to {gptq.weights}, group size {gptq.group_size}, but quantize {what}: "
+                    f"gptq rounds {tensor} to {weights}, group size {group_size}, but quantize {what}: "
                     "give both the same format, or take it out of gptq's maps"
                 )
 
@@ -323,7 +344,8 @@ class Recipe(Strict):
 
 def _plain(config: BaseModel) -> dict[str, Any]:
     plain = config.model_dump(mode="json")
-    if isinstance(config, QuantizeConfig):  # an unnamed key of an override means "as above", null means "none"
+    # an unnamed key of an override means "as above", null means "none"
+    if isinstance(config, QuantizeConfig | GptqConfig):
         plain["overrides"] = {
             name: override.model_dump(mode="json", exclude_unset=True) for name, override in config.overrides.items()
         }

@@ -59,49 +59,55 @@ class Gptq(Pass):
 
     def __init__(self, config: GptqConfig) -> None:
         self.config = config
-        self.grid = Grid(4 if config.weights == "int4" else 8, config.group_size)
+
+    def grid(self, tensor: str) -> Grid:
+        """The grid of a tensor by its recipe name."""
+        weights, group_size = self.config.of(tensor)
+        return Grid(4 if weights == "int4" else 8, group_size)
 
     def plan(self, model_map: ModelMap) -> Plan:
         plan = Plan()
         config = self.config
-        if self.grid.bits == 8:
-            plan.refusals.append(Refusal(self.name, None, ", ".join(config.maps), "at 8 bits rounding to nearest loses "
-                                         "nothing that GPTQ could win back: skipped"))
-            return plan
-        for block in model_map.blocks:
-            for path, tensor in _matrices(block, config.maps):
-                channels = block.matrices(tensor)[path][0].weight.shape[1]
-                check_groups(f"block {block.index} {tensor}", channels, self.grid)
-                extras = [text for text, on in (("act-order", config.act_order), ("compensated", config.compensate),
-                                                (f"{config.refine} refining sweeps", config.refine)) if on]
-                plan.edits.append(Edit(self.name, block.index, tensor, ", ".join(
-                    [f"GPTQ {config.weights}, {self.grid.described}, damp {config.damp:g}", *extras])))
+        for tensor in config.maps:
+            if self.grid(tensor).bits == 8:
+                plan.refusals.append(Refusal(self.name, None, tensor, "at 8 bits rounding to nearest loses nothing "
+                                             "that GPTQ could win back: skipped"))
         if "head" in config.maps:
             plan.refusals.append(Refusal(self.name, None, "head", "the head is packed by rounding to nearest"))
+        extras = [text for text, on in (("act-order", config.act_order), ("compensated", config.compensate),
+                                        (f"{config.refine} refining sweeps", config.refine)) if on]
+        for block in model_map.blocks:
+            for path, name in _matrices(block, config.maps):
+                grid = self.grid(name)
+                if grid.bits == 8:
+                    continue
+                check_groups(f"block {block.index} {name}", block.matrices(name)[path][0].weight.shape[1], grid)
+                what = ["GPTQ int4", grid.described, f"damp {config.damp:g}", *extras]
+                plan.edits.append(Edit(self.name, block.index, name, ", ".join(what)))
         return plan
 
     @torch.no_grad()
     def apply_block(self, block: Block, calibration: Calibration) -> dict[str, Any]:
-        if self.grid.bits == 8:
-            return {"skipped": "8 bits"}
         if calibration.trial:  # slow, and all candidates would gain alike
             return {}
         config = self.config
-        matrices = _matrices(block, config.maps)
         original = block.copy() if config.compensate else None
         report: dict[str, Any] = {}
-        for path, tensor in matrices:
+        for path, tensor in _matrices(block, config.maps):
+            name, grid = path.removeprefix("mixer."), self.grid(tensor)
+            if grid.bits == 8:
+                report[f"{name}.skipped"] = "8 bits"
+                continue
             weight = block.matrices(tensor)[path][0].weight
-            where = f"block {block.index} {tensor}"
+            where = f"block {block.index} {name}"
             W_OI = checked_weight(weight.data, where)
             H_II, drift_II = _moments(block, original, path, calibration)
             target_OI = W_OI if drift_II is None else compensated(W_OI, H_II, drift_II, config.damp)
-            rounded = gptq(target_OI, H_II, self.grid, damp=config.damp, block=config.block, act_order=config.act_order,
+            rounded = gptq(target_OI, H_II, grid, damp=config.damp, block=config.block, act_order=config.act_order,
                            refine=config.refine, where=where)
-            Q_OI = self.grid.dequantize(rounded.codes, rounded.scales)
+            Q_OI = grid.dequantize(rounded.codes, rounded.scales)
             weight.data = Q_OI.to(weight.dtype)
             block.rounded[path] = (rounded.codes, rounded.scales)
-            name = path.removeprefix("mixer.")
             report[f"{name}.error"] = float(f"{output_error(W_OI, Q_OI.double(), H_II):.6g}")
             if rounded.damp != config.damp:
                 report[f"{name}.damp"] = rounded.damp

@@ -1,4 +1,4 @@
-"""GPTQ against a naive Optimal Brain Surgeon, the descents against their optimality conditions, and the pass on hosts."""
+"""GPTQ against a naive Optimal Brain Surgeon, the descents against their optimality, and the pass on hosts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mambacompress.models.packed import PackedLinear
 from mambacompress.passes.gptq import Gptq, compensated, gptq, output_error, refined
 from mambacompress.passes.quantize import Quantize
 from mambacompress.passes.rounding import Grid, searched_scales, widest_scales
-from mambacompress.schema import GptqConfig, QuantizeConfig
+from mambacompress.schema import GptqConfig, QuantizeConfig, Recipe
 
 GRIDS = [Grid(4, 8), Grid(4, 16), Grid(4), Grid(8)]
 
@@ -146,8 +146,8 @@ def test_representable_weights_stay(grid: Grid, act_order: bool, refine: int) ->
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_codes_fill_the_grid_and_never_leave_it(grid: Grid) -> None:
-    rounded = gptq(weight(16, 32) * torch.logspace(-3, 3, 16, dtype=torch.float64)[:, None], moment(correlated(300, 32)), grid,
-                   refine=3)
+    W_OI = weight(16, 32) * torch.logspace(-3, 3, 16, dtype=torch.float64)[:, None]
+    rounded = gptq(W_OI, moment(correlated(300, 32)), grid, refine=3)
     assert rounded.codes.dtype == torch.int8
     assert rounded.codes.min() >= grid.lowest
     assert rounded.codes.max() <= grid.highest
@@ -159,7 +159,7 @@ def test_a_singular_moment_raises_the_damping_and_says_so() -> None:
     x_TI = correlated(4, 32)  # rank 4
     rounded = gptq(weight(6, 32), moment(x_TI), Grid(4, 16), damp=1e-18)
     assert rounded.damp > 1e-18
-    with pytest.raises(UserError, match="layer 7: .* no Cholesky factor"):
+    with pytest.raises(UserError, match=r"layer 7: .* no Cholesky factor"):
         gptq(weight(6, 32), -moment(correlated(100, 32)), Grid(4, 16), where="layer 7")
 
 
@@ -193,7 +193,8 @@ def adopted(make_host: Any, kind: str = "mamba", **config: Any) -> ModelMap:
     for block in model_map.blocks:
         for path, sites in block.matrices().items():
             shape = sites[0].weight.shape
-            block.module.get_submodule(path).weight.data = torch.randn(shape, generator=generator) * 1.5 / shape[1] ** 0.5
+            weight_OI = torch.randn(shape, generator=generator) * 1.5 / shape[1] ** 0.5
+            block.module.get_submodule(path).weight.data = weight_OI
     return model_map
 
 
@@ -265,7 +266,7 @@ def test_trials_and_eight_bits_are_left_alone(make_host: Any) -> None:
     before = {path: sites[0].weight.data.clone() for path, sites in block.matrices().items()}
     assert Gptq(config()).apply_block(block, calibration(model_map, trial=True)) == {}
     eight = Gptq(config(weights="int8", group_size=None))
-    assert eight.apply_block(block, calibration(model_map)) == {"skipped": "8 bits"}
+    assert set(eight.apply_block(block, calibration(model_map)).values()) == {"8 bits"}
     assert not block.rounded
     assert all(torch.equal(block.module.get_submodule(path).weight, value) for path, value in before.items())
     plan = eight.plan(model_map)
@@ -293,3 +294,27 @@ def test_nan_weights_and_nan_activations_are_named(make_host: Any) -> None:
     broken = BlockCalibration([torch.full((1, 8, 32), float("nan"))], model_map.blocks[0])
     with pytest.raises(UserError, match="activations hold NaN"):
         Gptq(config()).apply_block(model_map.blocks[0], broken)
+
+
+@torch.no_grad()
+def test_each_tensor_has_the_format_quantize_packs_it_in(make_host: Any) -> None:
+    recipe = Recipe.model_validate({"passes": [{"gptq": {}}, {"quantize": {
+        "weights": "int4", "group_size": 16, "overrides": {
+            "out_proj": {"group_size": 32}, "x_proj": {"group_size": None}, "dt_proj": {"weights": "int8"},
+            "embedding": {"weights": "int8"}, "head": {"weights": "int8"}}}}]})
+    assert Recipe.model_validate(recipe.document()) == recipe
+    passes = {name: made(settings) for (name, settings), made in zip(recipe.steps(), (Gptq, Quantize), strict=True)}
+    model_map = adopted(make_host)
+    block, run = model_map.blocks[0], calibration(model_map)
+    for item in passes.values():
+        item.plan(model_map)
+    report = passes["gptq"].apply_block(block, run)
+    assert report["paths.0.projection.dt_proj.skipped"] == "8 bits"
+    chosen = dict(block.rounded)
+    passes["quantize"].apply_block(block, run)
+    groups = {sites[0].tensor: block.module.get_submodule(path).weights.group_size
+              for path, sites in block.matrices().items()}
+    assert groups == {"in_proj": 16, "x_proj": None, "dt_proj": None, "out_proj": 32}
+    assert len(chosen) == 3
+    for path, (codes, _) in chosen.items():
+        assert torch.equal(block.module.get_submodule(path).codes(), codes)
