@@ -7,20 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-import mambacompress as mc
 from mambacompress.cli import app
 
 QUICK = ("--set", "calibration.sequences=4", "--set", "calibration.length=32")
@@ -216,78 +210,3 @@ def test_an_artifact_of_the_future(packed: Path):
 
 def test_an_artifact_is_not_compressed_twice(packed: Path):
     refused(cli("quantize", packed, "--out", "again", *QUICK), "compressed already")
-
-
-# -- interrupted runs ------------------------------------------------------------------------------------------------
-
-
-def in_child(work: Callable[[], Any], kill_after: float | None = None) -> int:
-    """Run ``work`` in a forked child, killed with SIGKILL after so many seconds; returns its wait status."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), 1)
-                os.dup2(nowhere.fileno(), 2)
-            torch.set_num_threads(1)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
-
-
-@pytest.mark.slow
-def test_killed_twenty_times_and_resumed_to_the_same_bytes(model_directory: MakeModel, here: Path):
-    """kill -9 at random moments; every resumed run goes on, and the last leaves the bytes of an undisturbed one."""
-    model = model_directory(num_hidden_layers=3)
-    overrides = ["calibration.sequences=4", "calibration.length=32"]
-
-    def work(out: str) -> Callable[[], Any]:
-        return lambda: mc.quantize(model, recipe="w8a8", overrides=overrides, out=here / out, resume=True)
-
-    started = time.monotonic()
-    assert in_child(work("undisturbed")) == 0
-    whole = time.monotonic() - started
-    undisturbed = contents(here / "undisturbed")
-
-    dice, kills, rounds = random.Random(0), 0, 0
-    while kills < 20:
-        out = f"out-{rounds}"
-        rounds += 1
-        for _ in range(6):
-            if in_child(work(out), kill_after=dice.uniform(0.05, 0.9) * whole) == 0:
-                break
-            kills += 1
-            if (here / out).exists():
-                break
-        if not (here / out).exists():
-            assert in_child(work(out)) == 0
-        assert contents(here / out) == undisturbed
-    assert left(here) == sorted(["undisturbed", *(f"out-{i}" for i in range(rounds))]), "work files were left behind"
-
-
-def test_a_run_that_was_interrupted_asks_for_resume(model_directory: MakeModel, here: Path,
-                                                    monkeypatch: pytest.MonkeyPatch):
-    model = model_directory()
-    request = ("quantize", model, "--recipe", "w8a8", "--out", "out", *QUICK)
-
-    def interrupt(stage: str, done: int, total: int) -> None:
-        if done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        mc.quantize(model, recipe="w8a8", out=here / "out", progress=interrupt,
-                    overrides=["calibration.sequences=4", "calibration.length=32"])
-    assert not (here / "out").exists()
-    refused(cli(*request), "an unfinished run lies in")
-    refused(cli(*request, "--resume", "--set", "calibration.seed=1"), "another model, recipe, text or version")
-    done = cli(*request, "--resume")
-    assert done.exit_code == 0, done.output
-    assert left(here) == ["out"]
-    assert cli(*request[:4], "--out", "straight", *QUICK).exit_code == 0
-    assert contents(here / "out") == contents(here / "straight")
