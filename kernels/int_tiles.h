@@ -5,9 +5,9 @@
 // enter as unsigned (int8 ^ 0x80, or the nibble itself) and 128 (or the zero point) times the row's sum is taken off again:
 // exact, whatever wraps in between. Two shapes of loop, with one result, since sums are exact and epilogues the same:
 //
-//     dot    few rows: 16 outputs at a time, lanes run along the inputs, sums over lanes by a transposing tree. Nothing is
+//     dot    a row or two: 16 outputs at a time, lanes run along the inputs, sums over lanes by a transposing tree. Nothing is
 //            repacked: it reads each weight once, at the speed of memory.
-//     tile   many rows: 32 outputs are repacked into quads of inputs (VNNI order) in cache, then 12 rows x 32 outputs of
+//     tile   more rows: 32 outputs are repacked into quads of inputs (VNNI order) in cache, then 12 rows x 32 outputs of
 //            accumulators stay in registers. The dot instruction is inline assembly: GCC spills accumulators of intrinsics.
 //
 // Other levels run one plain loop over the same rows. No include guard: see simd.h.
@@ -361,6 +361,8 @@ MC_INLINE void transpose16(__m512i* r) {
 static inline void pack_quads(const uint8_t* weight, int64_t first, int64_t outputs, int64_t row_bytes, uint8_t flip,
                               uint8_t* to, int64_t step) {
     __m512i mask = _mm512_set1_epi8(char(flip)), r[16];
+    for (int64_t i = first * row_bytes, end = std::min(first + 16, outputs) * row_bytes; i < end; i += 64)
+        asm volatile("" ::"r"(*static_cast<const volatile uint8_t*>(weight + i)));  // in order, so that it is prefetched
     for (int64_t k = 0; k < row_bytes; k += 64) {
         __mmask64 part = bytes(row_bytes - k);
         for (int i = 0; i < 16; ++i) {

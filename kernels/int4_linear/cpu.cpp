@@ -5,7 +5,8 @@
 // taken off in integers; then float(sum) * scale is added up in the order of the groups, rounded after every step.
 #ifndef MC_LEVEL
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include "native.h"
 
@@ -22,7 +23,6 @@ namespace MC_LEVEL {
 
 #if MC_WIDTH == 16
 
-constexpr int64_t DOT4_ROWS = 4;  // up to here weights are read in place
 constexpr int64_t ROWS4 = 12, COLUMNS4 = 32, STRIPE4 = 96;
 
 // Scales (and zero points, where the weight has its own) of `width` outputs, group by group.
@@ -48,26 +48,25 @@ struct Factors {
     }
 };
 
-// The dot products of one weight row with one row of activations, a vector of 16 partial sums a run of `run` bytes (a multiple
-// of 64, but for the last): to[0], to[step], ... The weight is read in order: interleaved reads of 16 rows cost half the speed.
 MC_INLINE void int4_run(__m512i& acc, __m512i w, const int8_t* codes) {
     const __m512i low = _mm512_set1_epi8(15);
     dot_add(acc, _mm512_and_si512(w, low), _mm512_loadu_si512(codes));
     dot_add(acc, _mm512_and_si512(_mm512_srli_epi16(w, 4), low), _mm512_loadu_si512(codes + 64));
 }
 
+// One weight row times one row of activations: a vector of 16 partial sums for every run of `run` bytes (64, any multiple, or
+// all of the row), `step` vectors apart. Weights are read in order: reading 16 rows in turns halves the speed.
 static inline void int4_runs(const uint8_t* weight, int64_t row_bytes, int64_t run, const int8_t* codes, __m512i* to,
                              int64_t step) {
     int64_t k = 0;
     if (run == 64) {
-        MC_UNROLL(4)
         for (; k + 64 <= row_bytes; k += 64, to += step) {
             __m512i acc = _mm512_setzero_si512();
             int4_run(acc, _mm512_loadu_si512(weight + k), codes + 2 * k);
             _mm512_store_si512(to, acc);
         }
-    } else {
-        for (; k + run <= row_bytes && run % 64 == 0; to += step) {
+    } else if (run % 64 == 0) {
+        for (; k + run <= row_bytes; to += step) {
             __m512i acc = _mm512_setzero_si512();
             for (int64_t end = k + run; k < end; k += 64) int4_run(acc, _mm512_loadu_si512(weight + k), codes + 2 * k);
             _mm512_store_si512(to, acc);
@@ -79,61 +78,63 @@ static inline void int4_runs(const uint8_t* weight, int64_t row_bytes, int64_t r
     _mm512_store_si512(to, acc);
 }
 
-// 16 outputs for a few rows. SHARE: groups in 128 inputs (4 or 2), or 0 where a group is a whole number of 128s or all.
+// 16 outputs for a single row. SHARE: groups in 128 inputs (4 or 2), or 0 where a group is a whole number of 128s or all.
 template <int SHARE>
 static inline void int4_dot(const Linear& p, Rows& rows, int64_t first, Factors& factors) {
     const int64_t row_bytes = p.inputs / 2, run = SHARE ? 64 : row_bytes / p.groups, runs = ceil_div(row_bytes, run);
     __m512i* parts = reinterpret_cast<__m512i*>(factors.parts.get());
     factors.load(p, first);
-    for (int64_t m = 0; m < p.rows; ++m) {
-        const int8_t* codes = rows.codes.get() + m * rows.stride;
-        const int32_t* sums = rows.sums.get() + m * p.groups;
-        for (int i = 0; i < 16; ++i)
-            int4_runs(static_cast<const uint8_t*>(p.weight) + std::min(first + i, p.outputs - 1) * row_bytes, row_bytes, run,
-                      codes, parts + i, 16);
-        __m512 total = _mm512_setzero_ps();
-        auto add = [&](int64_t group, __m512i sum) {
-            if (group >= p.groups) return;
-            __m512i exact = _mm512_sub_epi32(sum, factors.excess(p, group, 0, sums[group]));
-            __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), factors.scale(group, 0));
-            total = group == 0 ? part : _mm512_add_ps(total, part);
-        };
-        for (int64_t r = 0; r < runs; ++r) {
-            const __m512i* acc = parts + r * 16;
-            if (SHARE == 0) {
-                add(r, full_sums(acc));
-            } else if (SHARE == 2) {
-                __m512i left, right;
-                half_sums(acc, left, right);
-                add(2 * r, left);
-                add(2 * r + 1, right);
-            } else {
-                __m512i z[4];
-                quarter_sums(acc, z);
-                __m512i a = _mm512_shuffle_i32x4(z[0], z[1], 0x88), b = _mm512_shuffle_i32x4(z[0], z[1], 0xdd);
-                __m512i c = _mm512_shuffle_i32x4(z[2], z[3], 0x88), d = _mm512_shuffle_i32x4(z[2], z[3], 0xdd);
-                add(4 * r, _mm512_shuffle_i32x4(a, c, 0x88));
-                add(4 * r + 1, _mm512_shuffle_i32x4(b, d, 0x88));
-                add(4 * r + 2, _mm512_shuffle_i32x4(a, c, 0xdd));
-                add(4 * r + 3, _mm512_shuffle_i32x4(b, d, 0xdd));
-            }
+    for (int i = 0; i < 16; ++i)
+        int4_runs(static_cast<const uint8_t*>(p.weight) + std::min(first + i, p.outputs - 1) * row_bytes, row_bytes, run,
+                  rows.codes.get(), parts + i, 16);
+    const int32_t* sums = rows.sums.get();
+    __m512 total = _mm512_setzero_ps();
+    auto add = [&](int64_t group, __m512i sum) {
+        if (group >= p.groups) return;
+        __m512i exact = _mm512_sub_epi32(sum, factors.excess(p, group, 0, sums[group]));
+        __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), factors.scale(group, 0));
+        total = group == 0 ? part : _mm512_add_ps(total, part);
+    };
+    for (int64_t r = 0; r < runs; ++r) {
+        const __m512i* acc = parts + r * 16;
+        if (SHARE == 0) {
+            add(r, full_sums(acc));
+        } else if (SHARE == 2) {
+            __m512i left, right;
+            half_sums(acc, left, right);
+            add(2 * r, left);
+            add(2 * r + 1, right);
+        } else {
+            __m512i z[4];
+            quarter_sums(acc, z);
+            __m512i a = _mm512_shuffle_i32x4(z[0], z[1], 0x88), b = _mm512_shuffle_i32x4(z[0], z[1], 0xdd);
+            __m512i c = _mm512_shuffle_i32x4(z[2], z[3], 0x88), d = _mm512_shuffle_i32x4(z[2], z[3], 0xdd);
+            add(4 * r, _mm512_shuffle_i32x4(a, c, 0x88));
+            add(4 * r + 1, _mm512_shuffle_i32x4(b, d, 0x88));
+            add(4 * r + 2, _mm512_shuffle_i32x4(a, c, 0xdd));
+            add(4 * r + 3, _mm512_shuffle_i32x4(b, d, 0xdd));
         }
-        finish_lanes(p, rows, m, first, total);
     }
+    finish_lanes(p, rows, 0, first, total);
 }
 
-// R rows from m by 32 outputs from `first`; totals of the groups so far wait in cache.
-template <int R>
+// R rows from m by 32 outputs from `first`; totals of the groups so far wait in cache. NEXT: fetches the next 32 meanwhile.
+template <int R, bool NEXT>
 static inline void int4_tile(const Linear& p, Rows& rows, int64_t m, int64_t first, const uint8_t* panel, Factors& factors) {
     const int8_t* codes = rows.codes.get() + m * rows.stride;
     const int64_t stride = rows.stride, quads = p.inputs / 8 / p.groups;
     const __m512i low = _mm512_set1_epi8(15);
+    const uint8_t* next = static_cast<const uint8_t*>(p.weight) + (first + COLUMNS4) * (p.inputs / 2);
     alignas(64) float total[R][32];
     for (int64_t g = 0; g < p.groups; ++g) {
         __m512i acc[R][2];
         MC_UNROLL(12)
         for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
         for (int64_t q = g * quads; q < (g + 1) * quads; ++q) {
+            if (NEXT) {
+                _mm_prefetch(next + q * 128, _MM_HINT_T1);
+                _mm_prefetch(next + q * 128 + 64, _MM_HINT_T1);
+            }
             const int8_t* at = codes + (q >> 4) * 128 + (q & 15) * 4;
             __m512i left = _mm512_load_si512(panel + q * 128), right = _mm512_load_si512(panel + q * 128 + 64);
             __m512i left_low = _mm512_and_si512(left, low), right_low = _mm512_and_si512(right, low);
@@ -168,10 +169,19 @@ static inline void int4_tile(const Linear& p, Rows& rows, int64_t m, int64_t fir
 
 static inline void int4_rest(const Linear& p, Rows& rows, int64_t m, int64_t count, int64_t first, const uint8_t* panel,
                              Factors& factors) {
-    if (count >= 8) int4_tile<8>(p, rows, m, first, panel, factors), m += 8, count -= 8;
-    if (count >= 4) int4_tile<4>(p, rows, m, first, panel, factors), m += 4, count -= 4;
-    if (count >= 2) int4_tile<2>(p, rows, m, first, panel, factors), m += 2, count -= 2;
-    if (count) int4_tile<1>(p, rows, m, first, panel, factors);
+    switch (count) {
+        case 1: int4_tile<1, true>(p, rows, m, first, panel, factors); break;
+        case 2: int4_tile<2, true>(p, rows, m, first, panel, factors); break;
+        case 3: int4_tile<3, true>(p, rows, m, first, panel, factors); break;
+        case 4: int4_tile<4, true>(p, rows, m, first, panel, factors); break;
+        case 5: int4_tile<5, true>(p, rows, m, first, panel, factors); break;
+        case 6: int4_tile<6, true>(p, rows, m, first, panel, factors); break;
+        case 7: int4_tile<7, true>(p, rows, m, first, panel, factors); break;
+        case 8: int4_tile<8, true>(p, rows, m, first, panel, factors); break;
+        case 9: int4_tile<9, true>(p, rows, m, first, panel, factors); break;
+        case 10: int4_tile<10, true>(p, rows, m, first, panel, factors); break;
+        default: int4_tile<11, true>(p, rows, m, first, panel, factors);
+    }
 }
 
 static inline void int4_vnni(const Linear& p) {
@@ -179,7 +189,7 @@ static inline void int4_vnni(const Linear& p) {
     Rows rows(p.rows, p.inputs, p.groups, true);
     quantize_all(rows, p);
     bool reads_in_place = p.groups == 1 || group_size % 128 == 0 || group_size == 64 || group_size == 32;
-    if (reads_in_place && p.rows <= DOT4_ROWS) {
+    if (reads_in_place && p.rows == 1) {
         int64_t tasks = ceil_div(p.outputs, 16);
         int threads = int(std::min<int64_t>(p.threads, ceil_div(tasks * p.inputs, 1 << 13)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -209,7 +219,8 @@ static inline void int4_vnni(const Linear& p) {
                 pack_quads(static_cast<const uint8_t*>(p.weight), first + 16 * half, p.outputs, p.inputs / 2, 0,
                            panel.get() + 64 * half, 128);
             factors.load(p, first);
-            for (; m + ROWS4 <= end; m += ROWS4) int4_tile<ROWS4>(p, rows, m, first, panel.get(), factors);
+            if (m + ROWS4 <= end) int4_tile<ROWS4, true>(p, rows, m, first, panel.get(), factors), m += ROWS4;
+            for (; m + ROWS4 <= end; m += ROWS4) int4_tile<ROWS4, false>(p, rows, m, first, panel.get(), factors);
             if (m < end) int4_rest(p, rows, m, end - m, first, panel.get(), factors);
         }
     }

@@ -1,7 +1,8 @@
 // rms_norm and gated_rms_norm on a CPU: one row at a time, its sum of squares in a fixed order.
 #ifndef MC_LEVEL
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include "native.h"
 
@@ -47,7 +48,7 @@ static inline void norm_row(const Norm& p, int64_t row, float* values) {
             V y = load_part(values + i, part) * set1(scale);
             if (p.weight) {
                 if (dtype != F32) {  // rounded to x's dtype before the weight, as the stock modules do
-                    uint16_t rounded[W];
+                    uint16_t rounded[2 * W];  // half of it used
                     store_any(rounded, 0, dtype, y, W);
                     y = load_any(rounded, 0, dtype, W);
                 }

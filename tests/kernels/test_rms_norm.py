@@ -22,7 +22,7 @@ needs_native = pytest.mark.skipif(native.library() is None, reason=native.why_no
 
 
 def error(y: Tensor, reference: Tensor) -> float:
-    return float((y.double() - reference.double()).norm() / reference.double().norm())
+    return float((y.detach().double() - reference.detach().double()).norm() / reference.detach().double().norm())
 
 
 @pytest.fixture(params=native.LEVELS)
