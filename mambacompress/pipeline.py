@@ -66,6 +66,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> PlannedRun:
     Raises UserError for an illegal order or a request that cannot work.
     """
     model_map = checkpoint.host()
+    checkpoint.check(model_map)
     passes = [PASSES[name](config) for name, config in recipe.steps()]
     for earlier, later in pairwise(passes):
         if earlier.rank > later.rank:
@@ -201,7 +202,6 @@ class _Run:
             self.work.store("sweep", stored)
             for end in (self.map.embedding.module, self.map.final_norm, self.map.head.module):
                 _free(end)
-            self._tie()
         else:
             for item in self.passes:
                 prefix = f"{item.name}."
@@ -256,8 +256,8 @@ class _Run:
         total = len(self.map.blocks)
         self.progress("head", total, total)
         record: dict[str, Any] = {}
+        calibration = BlockCalibration(hidden, self.map.blocks[-1], reference=())
         for i, item in enumerate(self.passes):
-            calibration = BlockCalibration(hidden, self.map.blocks[-1], reference=())
             result = item.apply_head(self.map, calibration.before(self.passes[i + 1 :]))
             record.update({f"{item.name}.{k}": v for k, v in result.items()})
         loss = self._loss(hidden)

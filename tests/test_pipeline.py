@@ -232,3 +232,36 @@ def test_checks_fail_loudly_and_leave_no_artifact(model_directory: Any, tmp_path
         mc.quantize(source, strict, calibration=tokens(), out=tmp_path / "b")
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
+
+
+def test_a_tied_head_is_ranged_on_the_weight_it_multiplies(
+    model_directory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mambacompress.passes import quantize
+
+    seen: list[Tensor] = []
+    real = quantize.best_range
+
+    def spy(sample: Any, weight_OI: Tensor, *rest: Any) -> tuple[float, float]:
+        seen.append(weight_OI)
+        return real(sample, weight_OI, *rest)
+
+    monkeypatch.setattr(quantize, "best_range", spy)
+    recipe = {"passes": [{"quantize": {"activations": "int8-tensor", "percentile": "auto"}}]}
+    made = mc.quantize(model_directory(tie_word_embeddings=True), recipe, calibration=tokens())
+    assert not any(weight.is_meta for weight in seen)
+    assert torch.equal(seen[-1], made.model.backbone.embeddings.dequantize())
+
+
+def test_a_checkpoint_of_another_shape_is_refused_before_anything_is_written(
+    model_directory: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = model_directory()
+    tensors = load_file(source / "model.safetensors")
+    name = "backbone.layers.1.mixer.out_proj.weight"
+    save_file(tensors | {name: tensors[name][:, :-1].contiguous()}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(mc.UserError, match="has shape"):
+        mc.quantize(source, FAST, calibration=tokens(), out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [source]

@@ -223,7 +223,7 @@ class Quantize(Pass):
             return {}
         before = calibration.error(block)
         missing_D, tokens = torch.zeros(packed.out_features, dtype=torch.float64, device=packed.qweight.device), 0
-        for h_BLD, reference_BLD in zip(calibration.batches(), calibration.reference(), strict=True):
+        for h_BLD, reference_BLD in _pairs(calibration):
             missing_D += (reference_BLD.double() - block.module(h_BLD).double()).sum((0, 1))
             tokens += h_BLD.shape[0] * h_BLD.shape[1]
         old = packed.bias
@@ -257,7 +257,9 @@ class Quantize(Pass):
         inputs = (model_map.final_norm(h_BLD).flatten(0, 1) for h_BLD in calibration.batches())
         activations = _activations(format_)
         report: dict[str, Any] = {}
-        weight_VD = model_map.head.weight.data
+        # A tied head multiplies the embedding's codes; its own float weight is gone by now.
+        weight_VD = embedding.dequantize() if isinstance(embedding, PackedEmbedding) and model_map.tied else (
+            model_map.head.weight.data)
         act_scale = None
         if activations.mode == "tensor":
             sample = RowSample(512)
