@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,7 @@ def _size(row: schema.ModelResult, candidate: Candidate) -> None:
         row.not_measured.append("size: the model is not in a directory")
         return
     try:
-        row.size = schema.Size(**asdict(sizes.measure(candidate.path)))
+        row.size = sizes.measure(candidate.path)
     except UserError as error:
         row.not_measured.append(f"size: {error.message}")
 
@@ -311,7 +311,7 @@ def _task(
 def _speed(row: schema.ModelResult, candidate: Candidate, model: Any, chosen: Settings) -> None:
     options = {"prompt": chosen.prompt, "steps": chosen.steps, "repeats": chosen.repeats, "seed": chosen.seed}
     found = speeds.in_fresh_process(candidate.path, **options) if candidate.path else speeds.measure(model, **options)
-    row.speed = schema.Speed(**asdict(found))
+    row.speed = found
     if found.note:
         row.not_measured.append(found.note)
 

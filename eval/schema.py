@@ -34,7 +34,12 @@ class Strict(BaseModel):
 
 
 class Size(Strict):
-    """Bytes on disk; see ``size.SizeOnDisk``. categories sum to tensor_bytes."""
+    """What a model directory weighs.
+
+    tensor_bytes: of the safetensors files' tensors, split in ``categories``; header_bytes: their headers; file_bytes:
+    the sum. other_files: bytes of every other file by name (tokenizer, configuration). weights: how many, matrices
+    only.
+    """
 
     file_bytes: int
     tensor_bytes: int

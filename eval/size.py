@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mambacompress.errors import UserError
+from mambacompress.eval.schema import Size
 
 ITEM_BITS = {
     "BOOL": 8,
@@ -60,28 +61,6 @@ class TensorEntry:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class SizeOnDisk:
-    """What a model directory weighs.
-
-    tensor_bytes: of the safetensors files' tensors, split in ``categories``; header_bytes: their headers; file_bytes:
-    the sum. other_files: bytes of every other file by name (tokenizer, configuration). weights: how many, matrices
-    only.
-    """
-
-    file_bytes: int
-    tensor_bytes: int
-    header_bytes: int
-    categories: dict[str, int]
-    dtypes: dict[str, int]
-    weights: int
-    bits_per_weight: float
-    linear_bits: float | None
-    other_files: dict[str, int]
-    state_bytes: int | None
-    state_note: str
-
-
 def read_header(file: Path) -> tuple[list[TensorEntry], int]:
     """The tensors of a safetensors file and the bytes of its header; raises UserError where it is damaged."""
     size = file.stat().st_size
@@ -106,7 +85,7 @@ def read_header(file: Path) -> tuple[list[TensorEntry], int]:
     return entries, 8 + length
 
 
-def measure(directory: str | Path) -> SizeOnDisk:
+def measure(directory: str | Path) -> Size:
     """Count a model directory; raises UserError where it holds no safetensors file.
 
     Where an index or manifest names the shards, only those count: leftovers beside them are listed as other files.
@@ -140,7 +119,7 @@ def measure(directory: str | Path) -> SizeOnDisk:
     state_bytes, state_note = state_of(_json(directory / "config.json"))
     tensor_bytes = sum(totals.values())
     linear_bytes = totals["weights"] + totals["scales"] + totals["masks"]
-    return SizeOnDisk(
+    return Size(
         file_bytes=tensor_bytes + header_bytes,
         tensor_bytes=tensor_bytes,
         header_bytes=header_bytes,

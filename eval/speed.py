@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from mambacompress.errors import UserError
 from mambacompress.eval.environment import backend
+from mambacompress.eval.schema import Speed
 
 _STATUS = Path("/proc/self/status")
 _CHILD = """
@@ -39,27 +39,6 @@ from mambacompress.eval import speed
 wanted = json.loads(sys.argv[1])
 print("\\n" + json.dumps(speed.child(wanted)))
 """
-
-
-@dataclass(frozen=True)
-class SpeedResult:
-    """Tokens a second (median and quartiles) and peak anonymous bytes; None means not measured, ``note`` says why.
-
-    start_bytes: what Python and its libraries held of the peak before loading. loop: whose decoding loop ran.
-    """
-
-    prompt: int
-    prefill: float
-    prefill_quartiles: tuple[float, float]
-    decode: float | None
-    decode_quartiles: tuple[float, float] | None
-    repeats: int
-    threads: int
-    peak_bytes: int | None
-    start_bytes: int | None
-    note: str
-    loop: str
-    backend: str
 
 
 class PeakMemory:
@@ -98,7 +77,7 @@ def anonymous_bytes() -> int | None:
 
 
 @torch.inference_mode()
-def measure(model: Any, *, prompt: int = 512, steps: int = 32, repeats: int = 5, seed: int = 0) -> SpeedResult:
+def measure(model: Any, *, prompt: int = 512, steps: int = 32, repeats: int = 5, seed: int = 0) -> Speed:
     """Speed of a transformers-style causal LM in this process, on random token ids; memory is not measured."""
     if prompt < 1 or steps < 1 or repeats < 1:
         raise UserError("a speed test needs at least one token, step and repeat", "choose positive numbers")
@@ -115,12 +94,23 @@ def measure(model: Any, *, prompt: int = 512, steps: int = 32, repeats: int = 5,
     else:
         slow, slow_quartiles = _summary(_rates(lambda: _repeat(step, steps), steps, repeats, device))
     threads = torch.get_num_threads()
-    return SpeedResult(
-        prompt, fast, fast_quartiles, slow, slow_quartiles, repeats, threads, None, None, note, loop, backend()
+    return Speed(
+        prompt=prompt,
+        prefill=fast,
+        prefill_quartiles=fast_quartiles,
+        decode=slow,
+        decode_quartiles=slow_quartiles,
+        repeats=repeats,
+        threads=threads,
+        peak_bytes=None,
+        start_bytes=None,
+        note=note,
+        loop=loop,
+        backend=backend(),
     )
 
 
-def in_fresh_process(path: str | Path, **options: Any) -> SpeedResult:
+def in_fresh_process(path: str | Path, **options: Any) -> Speed:
     """Load ``path`` in a new process and measure speed and peak memory there, with as many threads as here.
 
     Raises UserError where the process fails, with its last line.
@@ -140,10 +130,7 @@ def in_fresh_process(path: str | Path, **options: Any) -> SpeedResult:
             f"the speed test of {path} failed: {lines[-1] if lines else f'exit code {done.returncode}'}",
             "see whether `mambacompress generate` runs this model",
         )
-    found = json.loads(lines[-1])
-    for key in ("prefill_quartiles", "decode_quartiles"):
-        found[key] = None if found[key] is None else tuple(found[key])
-    return SpeedResult(**found)
+    return Speed.model_validate_json(lines[-1])
 
 
 def child(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +145,7 @@ def child(wanted: dict[str, Any]) -> dict[str, Any]:
     notes = result.note.split("; ")[1:]
     if memory.peak is None:
         notes.insert(0, "peak memory not measured: this system does not report anonymous memory")
-    return {**asdict(result), "peak_bytes": memory.peak, "start_bytes": memory.start, "note": "; ".join(notes)}
+    return {**result.model_dump(), "peak_bytes": memory.peak, "start_bytes": memory.start, "note": "; ".join(notes)}
 
 
 def _loop(model: Any, ids_BL: Tensor) -> tuple[Callable[[], None], Callable[[], None] | None, str]:

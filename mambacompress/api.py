@@ -20,7 +20,6 @@ from mambacompress import artifact, data, pipeline, storage
 from mambacompress.errors import UserError
 from mambacompress.models.families.checkpoint import (
     Checkpoint,
-    empty_host,
     live_checkpoint,
     materialise,
     open_checkpoint,
@@ -55,7 +54,7 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.
         host = artifact.load(source, device)
     else:
         checkpoint = open_checkpoint(source)
-        model_map = empty_host(checkpoint.config)
+        model_map = checkpoint.host()
         host = model_map.host
         materialise(host, "", model_map, checkpoint, dtype)
         host.tie_weights()

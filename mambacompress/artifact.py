@@ -59,13 +59,12 @@ def build(spec: dict[str, Any]) -> nn.Module:
 
 def skeleton(config: Any, layout: dict[str, dict[str, Any]]) -> ModelMap:
     """The host of an artifact on the meta device: adopted, with every module of the layout in place."""
-    model_map = empty_host(config, prove=False)
-    dress(model_map.host, layout)
+    model_map = dress(empty_host(config, prove=False).host, layout)
     share_head(model_map)
     return model_map
 
 
-def dress(host: Any, layout: dict[str, dict[str, Any]]) -> None:
+def dress(host: Any, layout: dict[str, dict[str, Any]]) -> ModelMap:
     """Adopt a host on the meta device and put every module of the layout in place."""
     model_map = adopt(host, prove=False)
     with torch.device("meta"):
@@ -75,6 +74,7 @@ def dress(host: Any, layout: dict[str, dict[str, Any]]) -> None:
     norm.weight = nn.Parameter(norm.weight.detach()[None], requires_grad=False)
     for parameter in host.parameters():
         parameter.requires_grad_(False)
+    return model_map
 
 
 def share_head(model_map: ModelMap) -> None:
@@ -90,11 +90,6 @@ def share_head(model_map: ModelMap) -> None:
         head.tie(embedding)
     else:
         head.weight = embedding.weight
-
-
-def map_of(host: Any) -> ModelMap:
-    """The map of a host that is adopted already."""
-    return adopt(host, prove=False)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -126,33 +121,32 @@ def load(directory: str | Path, device: str = "cpu") -> Any:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    config = read_config(directory)
-    model_map = skeleton(config, manifest["layout"])
-    load_tensors(model_map.host, directory)
-    share_head(model_map)
+    model_map = skeleton(read_config(directory), manifest["layout"])
+    load_tensors(model_map.host, tensor_files(directory, manifest))
     host = model_map.host.to(device)
+    share_head(model_map)  # moving copies a shared buffer twice
     host.eval()
     host.generation_config = generation_config(directory, host)
     return host
 
 
-def tensor_files(directory: Path) -> list[Path]:
+def tensor_files(directory: Path, manifest: dict[str, Any]) -> list[Path]:
     """The artifact's weight files, in order; raises UserError where one is missing."""
-    names = sorted(name for name in read_manifest(directory)["files"] if name.endswith(".safetensors"))
+    names = sorted(name for name in manifest["files"] if name.endswith(".safetensors"))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory} misses {', '.join(missing)}", "copy the artifact again")
     return [directory / name for name in names]
 
 
-def load_tensors(host: nn.Module, directory: Path) -> None:
+def load_tensors(host: nn.Module, files: list[Path]) -> None:
     """Fill a skeleton strictly: every tensor it expects, nothing else, shapes and dtypes as stored."""
     expected = dict(host.state_dict(keep_vars=True))
     owners: dict[int, list[str]] = {}
     for name, tensor in expected.items():
         owners.setdefault(id(tensor), []).append(name)
     seen: set[str] = set()
-    for file in tensor_files(directory):
+    for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)

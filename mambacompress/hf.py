@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mambacompress import artifact
+from mambacompress.models.families import adopt
 from mambacompress.models.packed import PackedHead
 
 
@@ -57,7 +58,7 @@ class MambaCompressQuantizer(HfQuantizer):
             }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        artifact.share_head(artifact.map_of(model))
+        artifact.share_head(adopt(model, prove=False))
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

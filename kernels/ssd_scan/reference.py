@@ -30,20 +30,29 @@ def step_sizes(dt_BLH: Tensor, dt_bias_H: Tensor | None, dt_softplus: bool, dt_l
     return dt if (low, high) == (0.0, float("inf")) else dt.clamp(low, high)
 
 
+def _prepared(x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, dt_bias_H: Tensor | None,
+              dt_softplus: bool, dt_limit: tuple[float, float],
+              state_BHPN: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, the step sizes, B and C a head [B, L, H, N] and the initial state, all in the dtype computed in."""
+    dtype = compute_dtype(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, state_BHPN)
+    batch, _, heads, head_dim = x_BLHP.shape
+    x = x_BLHP.to(dtype)
+    dt = step_sizes(dt_BLH, dt_bias_H, dt_softplus, dt_limit, dtype)
+    B, C = (t.to(dtype).repeat_interleave(heads // B_BLGN.shape[2], 2) for t in (B_BLGN, C_BLGN))
+    state = x.new_zeros(batch, heads, head_dim, B.shape[-1]) if state_BHPN is None else state_BHPN.to(dtype)
+    return x, dt, B, C, state
+
+
 def ssd_scan_reference(
     x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_H: Tensor | None = None,
     dt_bias_H: Tensor | None = None, *, dt_softplus: bool = True, dt_limit: tuple[float, float] = (0.0, float("inf")),
     chunk_size: int = 256, initial_state_BHPN: Tensor | None = None, seq_idx_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``ssd_scan``."""
-    dtype = compute_dtype(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, initial_state_BHPN)
-    batch, length, heads, head_dim = x_BLHP.shape
-    x = x_BLHP.to(dtype)
-    dt = step_sizes(dt_BLH, dt_bias_H, dt_softplus, dt_limit, dtype)
-    per_group = heads // B_BLGN.shape[2]
-    B, C = (t.to(dtype).repeat_interleave(per_group, 2) for t in (B_BLGN, C_BLGN))  # [B, L, H, N]
-    state = (x.new_zeros(batch, heads, head_dim, B.shape[-1]) if initial_state_BHPN is None
-             else initial_state_BHPN.to(dtype))
+    x, dt, B, C, state = _prepared(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, dt_bias_H, dt_softplus, dt_limit,
+                                   initial_state_BHPN)
+    dtype = x.dtype
+    batch, length = x.shape[:2]
     segment = (torch.zeros(batch, length, dtype=torch.long, device=x.device) if seq_idx_BL is None
                else (~same_as_previous(seq_idx_BL)).long().cumsum(1))
     last = segment.new_zeros(batch, 1)  # the sequence the state belongs to
@@ -80,14 +89,10 @@ def ssd_scan_sequential(
     initial_state_BHPN: Tensor | None = None, seq_idx_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same law token by token: what the chunked form is tested against, and one decode step."""
-    dtype = compute_dtype(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, initial_state_BHPN)
-    batch, length, heads, head_dim = x_BLHP.shape
-    x = x_BLHP.to(dtype)
-    dt = step_sizes(dt_BLH, dt_bias_H, dt_softplus, dt_limit, dtype)
-    per_group = heads // B_BLGN.shape[2]
-    B, C = (t.to(dtype).repeat_interleave(per_group, 2) for t in (B_BLGN, C_BLGN))
-    state = (x.new_zeros(batch, heads, head_dim, B.shape[-1]) if initial_state_BHPN is None
-             else initial_state_BHPN.to(dtype))
+    x, dt, B, C, state = _prepared(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, dt_bias_H, dt_softplus, dt_limit,
+                                   initial_state_BHPN)
+    dtype = x.dtype
+    length = x.shape[1]
     same = None if seq_idx_BL is None else same_as_previous(seq_idx_BL).to(dtype)
     parts = []
     for t in range(length):

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from mambacompress.calibration import BlockCalibration
 from mambacompress.errors import UserError
-from mambacompress.models.families import adopt
 from mambacompress.models.modelmap import ModelMap
 from mambacompress.models.packed import PackedLinear
 from mambacompress.passes.gptq import Gptq, compensated, gptq, output_error, refined
 from mambacompress.passes.quantize import Quantize
 from mambacompress.passes.rounding import Grid, searched_scales, widest_scales
 from mambacompress.schema import GptqConfig, QuantizeConfig, Recipe
+from tests.passes.hosts import adopted
 
 GRIDS = [Grid(4, 8), Grid(4, 16), Grid(4), Grid(8)]
 
@@ -185,17 +185,6 @@ def test_output_error_is_relative() -> None:
 
 
 # -- the pass ----------------------------------------------------------------------------------------------------------
-
-
-def adopted(make_host: Any, kind: str = "mamba", **config: Any) -> ModelMap:
-    model_map = adopt(make_host(kind, **config))
-    generator = torch.Generator().manual_seed(1)
-    for block in model_map.blocks:
-        for path, sites in block.matrices().items():
-            shape = sites[0].weight.shape
-            weight_OI = torch.randn(shape, generator=generator) * 1.5 / shape[1] ** 0.5
-            block.module.get_submodule(path).weight.data = weight_OI
-    return model_map
 
 
 def calibration(model_map: ModelMap, index: int = 0, trial: bool = False) -> BlockCalibration:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mambacompress.calibration import BlockCalibration
 from mambacompress.errors import UserError
-from mambacompress.models.families import adopt
 from mambacompress.models.heads import TransformedHead
 from mambacompress.models.modelmap import ModelMap, set_module
 from mambacompress.models.packed import PackedEmbedding, PackedHead, PackedLinear
@@ -19,21 +18,10 @@ from mambacompress.passes.observers import Moment, RowSample, inputs_of, percent
 from mambacompress.passes.quantize import Quantize, best_range, packed_bytes, round_weight
 from mambacompress.passes.rounding import Grid, searched_scales, widest_scales
 from mambacompress.schema import QuantizeConfig
+from tests.passes.hosts import adopted
 
 LINEARS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 ALL = (*LINEARS, "embedding", "head")
-
-
-def adopted(make_host: Any, kind: str = "mamba", **config: Any) -> ModelMap:
-    """Random weights that are large enough for the block to do something."""
-    model_map = adopt(make_host(kind, **config))
-    generator = torch.Generator().manual_seed(1)
-    for block in model_map.blocks:
-        for path, sites in block.matrices().items():
-            shape = sites[0].weight.shape
-            weight = torch.randn(shape, generator=generator) * 1.5 / shape[1] ** 0.5
-            block.module.get_submodule(path).weight.data = weight
-    return model_map
 
 
 def hidden(batches: int = 2) -> list[Tensor]:
