@@ -72,11 +72,13 @@ class BlockCalibration:
         """``error`` of outputs already computed."""
         return relative_error(iter(outputs), self._reference, self.hidden)
 
-    def trial_error(self, block: Block) -> float:
+    def trial_error(self, block: Block, edit: Callable[[Block], None] | None = None) -> float:
         sequences = max(1, _TRIAL_VALUES // (self.hidden[0].shape[1] * getattr(block.mixer, "d_inner", 1)))
         hidden, reference = _first(self.hidden, sequences), _first(self._reference, sequences)
         trial = BlockCalibration(hidden, block, reference=reference, trial=True)
         candidate = block.copy()
+        if edit is not None:
+            edit(candidate)
         for i, later in enumerate(self._later):
             later.apply_block(candidate, trial.before(self._later[i + 1 :]))
         return trial.error(candidate)

@@ -144,7 +144,8 @@ class QuantizeConfig(Strict):
     maps: which tensors; the rest stays float. overrides: per tensor. percentile: clipping points of static ranges that
     are tried, ``auto`` for all of methods, a number for one. scan int8: static int8 u, B, C, z and dt into the scan as
     well. scale_search: search each row's or group's clipping for the least error. bias_correction: add the mean error
-    to the bias.
+    to the bias. rest: what the block's unpacked matrices (A_log, convolutions) are stored in; float16 where that keeps
+    60 dB of one, computed with in fp32 as ever.
     """
 
     weights: Weights = "int8"
@@ -156,6 +157,7 @@ class QuantizeConfig(Strict):
     scan: Literal["none", "int8"] = "none"
     scale_search: bool = False
     bias_correction: bool = False
+    rest: Literal["float32", "float16"] = "float32"
 
     @field_validator("percentile", mode="before")
     @classmethod

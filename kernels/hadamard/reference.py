@@ -96,7 +96,8 @@ def hadamard_reference(x: Tensor, signs: Tensor | None = None, *, block: int | N
     if base > 1:
         matrix = base_matrix(base).to(device=x.device, dtype=wide)
         matrix = matrix if transpose else matrix.T  # row c: how each input run enters output run c
-        y = _mix(y, matrix)
+        # fp32 sums in the native kernel's order, to the bit; fp64 is for weights, where speed counts and order does not
+        y = matrix @ y if wide == torch.float64 else _mix(y, matrix)
     half = 1
     while half < power:
         pairs = y.reshape(-1, base, power // (2 * half), 2, half)

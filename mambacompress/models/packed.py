@@ -50,8 +50,8 @@ class WeightFormat:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """fp16 for groups, fp32 for whole rows."""
-        return torch.float32 if self.group_size is None else torch.float16
+        """fp16 at 4 bits, fp32 at 8, where a row has but one."""
+        return torch.float16 if self.bits == 4 else torch.float32
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -77,8 +77,8 @@ class Calibration(Protocol):
     def error(self, block: Block) -> float:
         """Squared error of the block's output against ``reference``, relative to the reference's own update energy."""
 
-    def trial_error(self, block: Block) -> float:
-        """``error`` of a copy of ``block`` after all *later* passes of the recipe, on a few batches."""
+    def trial_error(self, block: Block, edit: Callable[[Block], None] | None = None) -> float:
+        """``error`` of a copy of ``block`` after ``edit`` and all *later* passes of the recipe, on a few batches."""
 
 
 class Pass:

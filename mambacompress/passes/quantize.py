@@ -144,6 +144,8 @@ class Quantize(Pass):
             block.replace(path, packed)
         if self.config.scan == "int8" and isinstance(block.mixer, S6Mixer) and len(block.mixer.paths) == 1:
             report["scan.percentile"] = self._quantize_scan(block, block.mixer, calibration)
+        if self.config.rest == "float16":
+            _halve_rest(block)
         if self.config.bias_correction and not calibration.trial:
             report |= self._correct_bias(block, calibration)
         return report
@@ -175,7 +177,8 @@ class Quantize(Pass):
             search = self._searches(block, path, trial)
             importance_I = sample.mean_square_I if sample is not None and search else None
             codes_OI, scales_OG = round_weight(weight_OI, grid, where, search=search, importance_I=importance_I)
-            report["sqnr_db"] = _rounded(_sqnr_db(weight_OI, codes_OI, scales_OG, grid))
+            if not trial:
+                report["sqnr_db"] = _rounded(_sqnr_db(weight_OI, codes_OI, scales_OG, grid))
         activations = _activations(format_)
         act_scale = None
         if activations.mode == "tensor" and sample is not None:
@@ -376,6 +379,13 @@ def _activations(format_: MapFormat) -> ActivationFormat:
 
 def _stored_scale(scales_OG: Tensor, format_: MapFormat) -> Tensor:
     return scales_OG[:, 0] if format_.group_size is None else scales_OG
+
+
+def _halve_rest(block: Block) -> None:
+    """Store the matrices no pass has packed (A_log, convolutions) in fp16, where harmless."""
+    for parameter in block.mixer.parameters():
+        if parameter.dim() > 1 and parameter.dtype == torch.float32:
+            parameter.data = _half_if_harmless(parameter.data)
 
 
 def _half_if_harmless(transform: Tensor) -> Tensor:

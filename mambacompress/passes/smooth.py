@@ -27,6 +27,7 @@ Legend: b batch, L tokens, E d_inner, N d_state, G groups, S = G * N.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -100,9 +101,7 @@ class Smooth(Pass):
         """(label, scales, error) of the best candidate, or None where the fold is not kept."""
         chosen, limit = None, float("inf") if mode == "on" else best * _MARGIN
         for i, (label, scales) in enumerate(fold.candidates(block, ranges, self._alphas(), names)):
-            trial = block.copy()
-            fold.apply(trial, scales)
-            error = calibration.trial_error(trial)
+            error = calibration.trial_error(block, partial(fold.apply, scales=scales))
             if error < limit:
                 chosen, limit = (label, scales, error), error
             hopeless = error > best * _HOPELESS or abs(error - best) < best * _INDIFFERENT
