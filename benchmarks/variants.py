@@ -12,6 +12,7 @@ from typing import Any
 
 RECIPES = ("rtn-w8a8", "quarot-w8a8", "w8a8", "w8a8-static", "w8a8-scan8", "w8a16", "w4a16", "w4a8", "w4a4")
 KLT = "klt-hadamard"
+NONE = {"residual": "none", "dt": "none"}
 FOLDS = {"gate": "auto", "norm_gate": "auto", "conv": "auto", "states": "auto"}
 
 
@@ -40,22 +41,25 @@ def ablation(recipe: str, *, gptq: bool, online_x: bool = False) -> list[Variant
     full = {"residual": KLT, "dt": KLT, "out": "hadamard"} | ({"x": "hadamard"} if online_x else {})
 
     def rotated(**rotate: str) -> dict[str, Any]:
-        return bare | {"passes.rotate": dict(rotate)}
+        return bare | {"passes.fuse_norms": {}, "passes.rotate": dict(rotate)}
 
     every_fold = FOLDS | {"norm": "auto", "dt": "auto", "conv_in": "auto"}
     rows = [
-        ("RTN", bare | {"passes.fuse_norms": None}),
+        ("RTN", bare | {"passes.fuse_norms": None, "passes.quantize.scale_search": False}),
+        ("RTN, clipping searched", bare | {"passes.fuse_norms": None, "passes.quantize.scale_search": True}),
         ("smoothing only", bare | {"passes.fuse_norms": None, "passes.smooth": every_fold}),
         ("R1", rotated(residual=KLT)),
         ("R1+R5", rotated(residual=KLT, dt=KLT)),
         ("R1+R5+R2", rotated(residual=KLT, dt=KLT, out="hadamard")),
         ("R1+R5+R2+R6", rotated(residual=KLT, dt=KLT, out="hadamard", x="hadamard")),
         ("R1+R5+R2, plain Hadamard", rotated(residual="hadamard", dt="hadamard", out="hadamard")),
-        ("rotations + smoothing", bare | {"passes.smooth": FOLDS, "passes.rotate": full}),
+        ("rotations + smoothing", rotated(**full) | {"passes.smooth": FOLDS}),
     ]
     if gptq:
-        rows += [("RTN + GPTQ", {"passes.fuse_norms": None, "passes.smooth": None, "passes.rotate": None}),
-                 ("rotations + GPTQ", {"passes.smooth": None, "passes.rotate": full})]
+        gptq_alone = {"passes.fuse_norms": None, "passes.smooth": None, "passes.rotate": None}
+        rotations = {"passes.fuse_norms": {}, "passes.smooth": None, "passes.rotate": full}
+        rows += [("GPTQ alone", gptq_alone), ("GPTQ, R2", gptq_alone | {"passes.rotate": NONE | {"out": "hadamard"}}),
+                 ("rotations + GPTQ", rotations), ("rotations + smoothing + GPTQ", rotations | {"passes.smooth": FOLDS})]
     return [Variant(f"{recipe}: {name}", recipe, overrides) for name, overrides in rows] + [
         Variant(f"{recipe}: the recipe", recipe)]
 
