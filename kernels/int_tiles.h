@@ -1,4 +1,4 @@
-// Integer matrix products for the level under which this file is included; int8_linear and int4_linear share it.
+// What integer linears are made of, for the level under which this file is included; linear_tasks.h puts it together.
 //
 // Weights stay as they are stored, row-major [outputs, inputs], one copy in memory. Activations are quantized a row at a time
 // into `Rows` (int8, padded with zeros, with the sums of their codes). dpbusd multiplies unsigned by signed bytes, so weights
@@ -10,23 +10,31 @@
 //     tile   more rows: 32 outputs are repacked into quads of inputs (VNNI order) in cache, then 12 rows x 32 outputs of
 //            accumulators stay in registers. The dot instruction is inline assembly: GCC spills accumulators of intrinsics.
 //
-// Other levels run one plain loop over the same rows. No include guard: see simd.h.
+// Other levels run one plain loop over the same rows. Where activations stay float, weights become floats, four rows at a time, in
+// cache. No include guard: see simd.h.
 //
 // Legend: M rows, N outputs, K inputs, G groups of inputs that share a weight scale.
 namespace MC_LEVEL {
 
-// Activations, quantized. Codes of a row: natural order, or for nibbles in runs of 128 inputs, 64 even ones then 64 odd ones.
+// Activations as a linear takes them: quantized, or floats where only the weights are integers. Codes of a row: natural order,
+// or for nibbles in runs of 128 inputs, 64 even ones then 64 odd ones.
 struct Rows {
-    int64_t count, inputs, stride, groups, group_size;
-    bool split;
-    Scratch<int8_t> codes;
-    Scratch<float> scales;
-    Scratch<int32_t> sums;  // [count, groups]: of the codes of each group
+    int64_t count = 0, inputs = 0, stride = 0, groups = 1, group_size = 0;
+    bool split = false;
+    Scratch<int8_t> codes;          // [count, stride]
+    Scratch<float> scales, floats;  // floats: [count, stride], zeros behind the inputs up to a whole vector
+    Scratch<int32_t> sums;          // [count, groups]: of the codes of each group
 
-    Rows(int64_t count, int64_t inputs, int64_t groups, bool split)
-        : count(count), inputs(inputs), stride(ceil_div(inputs, split ? 128 : 64) * (split ? 128 : 64)), groups(groups),
-          group_size(inputs / groups), split(split), codes(size_t(count * stride)), scales(size_t(count)),
-          sums(size_t(count * groups)) {}
+    // Room for `count` rows of linears up to this size. quantized, plain: the kinds there will be.
+    Rows(int64_t count, int64_t inputs, int64_t groups, bool quantized, bool plain)
+        : codes(size_t(quantized ? count * padded(inputs, 128) : 1)), scales(size_t(count)),
+          floats(size_t(plain ? count * padded(inputs, 128) : 1)), sums(size_t(count * groups)) {}
+
+    static int64_t padded(int64_t inputs, int64_t to) { return ceil_div(inputs, to) * to; }
+    void shape(int64_t rows, int64_t row_inputs, int64_t row_groups, bool nibbles_apart) {
+        count = rows, inputs = row_inputs, groups = row_groups, group_size = row_inputs / row_groups, split = nibbles_apart;
+        stride = padded(inputs, split ? 128 : 64);
+    }
 };
 
 // n values of any dtype from `index`, as floats: in place where they are floats, else in `buffer`.
@@ -71,13 +79,13 @@ static inline float quantize_row(const float* x, int64_t n, const float* fixed_s
     return answer;
 }
 
-// Row m of x into rows.codes, .scales and .sums. `floats` and `natural` are scratch of a row each (natural: only if split).
+// Row m of x into rows.codes, .scales and .sums. `row` and `natural` are scratch of a row each (natural: only if split).
 static inline void quantize_into(Rows& rows, int64_t m, const void* x, int64_t index, int dtype, const float* fixed_scale,
-                                 float qmax, float* floats, int8_t* natural) {
+                                 float qmax, float* row, int8_t* natural) {
     int64_t n = rows.inputs;
     int8_t* out = rows.codes.get() + m * rows.stride;
     int8_t* codes = rows.split ? natural : out;
-    rows.scales[size_t(m)] = quantize_row(as_floats(x, index, dtype, n, floats), n, fixed_scale, qmax, codes);
+    rows.scales[size_t(m)] = quantize_row(as_floats(x, index, dtype, n, row), n, fixed_scale, qmax, codes);
     for (int64_t g = 0; g < rows.groups; ++g) {
         int32_t sum = 0;
         for (int64_t i = g * rows.group_size; i < (g + 1) * rows.group_size; ++i) sum += codes[i];
@@ -95,6 +103,13 @@ static inline void quantize_into(Rows& rows, int64_t m, const void* x, int64_t i
         }
 }
 
+// Row m of x into rows.floats.
+static inline void widen_into(Rows& rows, int64_t m, const void* x, int64_t index, int dtype) {
+    float* row = rows.floats.get() + m * rows.stride;
+    for (int64_t i = 0; i < rows.inputs; i += W)  // the last vector brings its own zeros
+        store(row + i, load_any(x, index + i, dtype, int(std::min<int64_t>(W, rows.inputs - i))));
+}
+
 // One integer linear as its caller describes it. weight rows are `row_bytes` apart, without padding.
 struct Linear {
     int64_t rows, inputs, outputs, groups, threads, activation, act_bits, x_row, x_dtype, y_dtype, scale_dtype;
@@ -107,20 +122,6 @@ struct Linear {
     int64_t row_bytes(bool nibbles) const { return nibbles ? inputs / 2 : inputs; }
 };
 
-// All rows, quantized; parallel over rows where there are many.
-static inline void quantize_all(Rows& rows, const Linear& p) {
-    const float* fixed = p.activation == 1 ? p.act_scale : nullptr;
-    int threads = int(std::min<int64_t>(p.threads, ceil_div(p.rows, 8)));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Scratch<float> floats{size_t(p.inputs + W)};
-        Scratch<int8_t> natural{size_t(rows.stride)};
-#pragma omp for schedule(static)
-        for (int64_t m = 0; m < p.rows; ++m)
-            quantize_into(rows, m, p.x, m * p.x_row, int(p.x_dtype), fixed, p.qmax(), floats.get(), natural.get());
-    }
-}
-
 MC_INLINE float scale_at(const Linear& p, int64_t output, int64_t group) {
     return load_one(p.scale, output * p.groups + group, int(p.scale_dtype));
 }
@@ -129,8 +130,8 @@ MC_INLINE int zero_at(const Linear& p, int64_t output, int64_t group) {
     return p.zero ? p.zero[output * p.groups + group] : 8;
 }
 
-MC_INLINE void finish_one(const Linear& p, const Rows& rows, int64_t m, int64_t output, float sum) {
-    float y = sum * const_cast<Rows&>(rows).scales[size_t(m)];
+MC_INLINE void finish_one(const Linear& p, Rows& rows, int64_t m, int64_t output, float sum) {
+    float y = sum * rows.scales[size_t(m)];
     if (p.bias) y = y + p.bias[output];
     store_one(p.y, m * p.outputs + output, int(p.y_dtype), y);
 }
@@ -181,20 +182,6 @@ static inline void plain_outputs(const Linear& p, Rows& rows, bool nibbles, int6
     }
 }
 
-static inline void plain_linear(const Linear& p, bool nibbles) {
-    Rows rows(p.rows, p.inputs, p.groups, false);
-    quantize_all(rows, p);
-    int64_t run = 16, tasks = ceil_div(p.outputs, run);
-    int threads = int(std::min<int64_t>(p.threads, tasks));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Scratch<int8_t> unpacked{size_t(p.inputs)};
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t task = 0; task < tasks; ++task)
-            plain_outputs(p, rows, nibbles, task * run, std::min(p.outputs, (task + 1) * run), unpacked.get());
-    }
-}
-
 // -- float activations -----------------------------------------------------------------------------------------------
 
 MC_INLINE float sum_of(V x) {
@@ -208,74 +195,66 @@ MC_INLINE float sum_of(V x) {
 #endif
 }
 
-// RA rows of x times 4 rows of floats, [RA][4]; a lane sums every W-th input in order, then lanes are added in a tree.
+// RA rows of x times 4 rows of n floats, [RA][4]; a lane sums every W-th input in order, then lanes are added in a
+// tree. x has zeros behind its end.
 template <int RA>
-MC_INLINE void float_tile(const float* const* x, const float* w, int64_t padded, float (*out)[4]) {
+MC_INLINE void float_tile(const float* const* x, const float* const* w, int64_t n, float (*out)[4]) {
     V total[RA][4];
     for (int r = 0; r < RA; ++r)
         for (int c = 0; c < 4; ++c) total[r][c] = zero();
-    for (int64_t k = 0; k < padded; k += W)
+    int64_t k = 0;
+    for (; k + W <= n; k += W)
         for (int c = 0; c < 4; ++c) {
-            V weight = load(w + c * padded + k);
+            V weight = load(w[c] + k);
+            for (int r = 0; r < RA; ++r) total[r][c] = fma(load(x[r] + k), weight, total[r][c]);
+        }
+    if (k < n)
+        for (int c = 0; c < 4; ++c) {
+            V weight = load_part(w[c] + k, int(n - k));
             for (int r = 0; r < RA; ++r) total[r][c] = fma(load(x[r] + k), weight, total[r][c]);
         }
     for (int r = 0; r < RA; ++r)
         for (int c = 0; c < 4; ++c) out[r][c] = sum_of(total[r][c]);
 }
 
-// Weight-only: 4 weight rows at a time become floats in cache. Group scales are applied to the weight, a row's own after it.
-static inline void float_linear(const Linear& p, bool nibbles) {
-    int64_t padded = ceil_div(p.inputs, W) * W, tasks = ceil_div(p.outputs, 4), group_size = p.inputs / p.groups;
-    Scratch<float> x(size_t(p.rows * padded));
-    for (int64_t m = 0; m < p.rows; ++m) {
-        float* row = x.get() + m * padded;
-        for (int64_t i = 0; i < p.inputs; i += W) {
-            int part = int(std::min<int64_t>(W, p.inputs - i));
-            store(row + i, load_any(p.x, m * p.x_row + i, int(p.x_dtype), part));
+// 4 weight rows from `first` as floats in `to`, [4][step]. Group scales are applied to the weight, a row's own after the sum.
+static inline void widen_weights(const Linear& p, bool nibbles, int64_t first, float* to, int64_t step) {
+    const int64_t group_size = p.inputs / p.groups;
+    for (int64_t output = first; output < std::min(first + 4, p.outputs); ++output, to += step) {
+        if (!nibbles) {
+            const int8_t* from = static_cast<const int8_t*>(p.weight) + output * p.inputs;
+            for (int64_t i = 0; i < p.inputs; ++i) to[i] = float(from[i]);
+            continue;
+        }
+        const uint8_t* from = static_cast<const uint8_t*>(p.weight) + output * (p.inputs / 2);
+        for (int64_t g = 0; g < p.groups; ++g) {
+            float scale = scale_at(p, output, g);
+            int offset = zero_at(p, output, g);
+            for (int64_t i = g * group_size / 2; i < (g + 1) * group_size / 2; ++i) {
+                to[2 * i] = float((from[i] & 15) - offset) * scale;
+                to[2 * i + 1] = float((from[i] >> 4) - offset) * scale;
+            }
         }
     }
-    int threads = int(std::min<int64_t>(p.threads, ceil_div(tasks, 8)));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Scratch<float> w(size_t(4 * padded));
-        std::memset(w.get(), 0, size_t(4 * padded) * 4);
-#pragma omp for schedule(dynamic, 8)
-        for (int64_t task = 0; task < tasks; ++task) {
-            int64_t first = task * 4;
-            int columns = int(std::min<int64_t>(4, p.outputs - first));
+}
+
+// Outputs [first, first + 4) for all rows. weights: 4 rows of floats; scaled: their scale is still to come.
+static inline void float_outputs(const Linear& p, Rows& rows, int64_t first, const float* const* weights, bool scaled) {
+    const int columns = int(std::min<int64_t>(4, p.outputs - first));
+    for (int64_t m = 0; m < p.rows;) {
+        float out[4][4];
+        const float* x[4];
+        const int count = p.rows - m >= 4 ? 4 : 1;
+        for (int r = 0; r < count; ++r) x[r] = rows.floats.get() + (m + r) * rows.stride;
+        if (count == 4) float_tile<4>(x, weights, p.inputs, out);
+        else float_tile<1>(x, weights, p.inputs, out);
+        for (int r = 0; r < count; ++r)
             for (int c = 0; c < columns; ++c) {
-                float* to = w.get() + c * padded;
-                if (!nibbles) {
-                    const int8_t* from = static_cast<const int8_t*>(p.weight) + (first + c) * p.inputs;
-                    for (int64_t i = 0; i < p.inputs; ++i) to[i] = float(from[i]);
-                    continue;
-                }
-                const uint8_t* from = static_cast<const uint8_t*>(p.weight) + (first + c) * (p.inputs / 2);
-                for (int64_t g = 0; g < p.groups; ++g) {
-                    float scale = scale_at(p, first + c, g);
-                    int offset = zero_at(p, first + c, g);
-                    for (int64_t i = g * group_size / 2; i < (g + 1) * group_size / 2; ++i) {
-                        to[2 * i] = float((from[i] & 15) - offset) * scale;
-                        to[2 * i + 1] = float((from[i] >> 4) - offset) * scale;
-                    }
-                }
+                float y = scaled ? out[r][c] * scale_at(p, first + c, 0) : out[r][c];
+                if (p.bias) y = y + p.bias[first + c];
+                store_one(p.y, (m + r) * p.outputs + first + c, int(p.y_dtype), y);
             }
-            for (int64_t m = 0; m < p.rows;) {
-                float out[4][4];
-                const float* rows[4];
-                int count = p.rows - m >= 4 ? 4 : 1;
-                for (int r = 0; r < count; ++r) rows[r] = x.get() + (m + r) * padded;
-                if (count == 4) float_tile<4>(rows, w.get(), padded, out);
-                else float_tile<1>(rows, w.get(), padded, out);
-                for (int r = 0; r < count; ++r)
-                    for (int c = 0; c < columns; ++c) {
-                        float y = nibbles ? out[r][c] : out[r][c] * scale_at(p, first + c, 0);
-                        if (p.bias) y = y + p.bias[first + c];
-                        store_one(p.y, (m + r) * p.outputs + first + c, int(p.y_dtype), y);
-                    }
-                m += count;
-            }
-        }
+        m += count;
     }
 }
 

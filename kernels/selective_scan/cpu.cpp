@@ -29,8 +29,6 @@ struct ScanGradient {
     float *dA, *dD, *dbias, *dinitial;
 };
 
-constexpr int64_t TILE = 16;  // tokens between two checkpoints
-
 // Channels of a task: few enough to feed every core, enough for long contiguous reads.
 constexpr int64_t FORWARD_RUN = 64, BACKWARD_RUN = 128;
 
@@ -44,37 +42,15 @@ extern "C" MC_EXPORT void mc_scan_backward(const Scan* p, const ScanGradient* g)
 
 #else
 
+#include "state_tiles.h"
+
 namespace MC_LEVEL {
 namespace {
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+constexpr float LN2 = 0.693147181f;
 
 MC_INLINE bool restarts(const Scan& p, int64_t b, int64_t t) {
     return p.resets.data && static_cast<const uint8_t*>(p.resets.data)[b * p.resets.batch + t * p.resets.token];
-}
-
-// [count channels, N] in memory -> [N][W] vectors; padding lanes are zero.
-MC_INLINE void gather(const float* from, int64_t N, int count, float* to) {
-    int64_t n = 0;
-    if (count == W)
-        for (; n + W <= N; n += W) transpose(from + n, N, to + n * W, W);
-    for (; n < N; ++n)
-        for (int i = 0; i < W; ++i) to[n * W + i] = i < count ? from[i * N + n] : 0.0f;
-}
-
-// A log2 e as [N][W] vectors. A = -inf (a state that forgets at once) becomes a number just as good.
-MC_INLINE void gather_decay(const float* A, int64_t N, int count, float* to) {
-    gather(A, N, count, to);
-    for (int64_t n = 0; n < N; ++n) store(to + n * W, vmax(set1(-1e30f), load(to + n * W) * set1(LOG2E)));
-}
-
-// The way back; padding lanes are dropped.
-MC_INLINE void scatter(const float* from, int64_t N, int count, float* to) {
-    int64_t n0 = 0;
-    if (count == W)
-        for (; n0 + W <= N; n0 += W) transpose(from + n0 * W, W, to + n0, N);
-    for (int i = 0; i < count; ++i)
-        for (int64_t n = n0; n < N; ++n) to[i * N + n] = from[n * W + i];
 }
 
 // The B and C rows of a tile's tokens, as floats: rows[token][n].
@@ -92,53 +68,6 @@ MC_INLINE V step_size(const Scan& p, V raw, V bias, V* slope) {
     if (slope) *slope = p.softplus ? sigmoid(raw) : set1(1.0f);
     return p.softplus ? softplus(raw) : raw;
 }
-
-// Calls step.run<G>(first state) for all N states, G of them at a time.
-template <int G, typename Step>
-MC_INLINE void for_states(int64_t N, Step&& step, int64_t n = 0) {
-    for (; n + G <= N; n += G) step.template run<G>(n);
-    if constexpr (G > 1) for_states<G / 2>(N, step, n);
-}
-
-// G states of W channels over the tokens of a tile: h <- a h + (dt u) B, y += C . h.
-struct Advance {
-    int64_t N, tokens;
-    const float *A2, *B, *C;  // A2: [n][W]; B, C: [token][n]
-    const V *dt, *dtu;
-    const bool* restart;
-    float* state;  // [n][W]
-    V* y;
-
-    template <int G>
-    MC_INLINE void run(int64_t first) const {
-        V h[G], A[G];
-        MC_UNROLL(8)
-        for (int i = 0; i < G; ++i) {
-            h[i] = load(state + (first + i) * W);
-            A[i] = load(A2 + (first + i) * W);
-        }
-        for (int64_t t = 0; t < tokens; ++t) {
-            if (restart[t]) {
-                MC_UNROLL(8)
-                for (int i = 0; i < G; ++i) h[i] = zero();
-            }
-            const float *B_t = B + t * N + first, *C_t = C + t * N + first;
-            const V step = dt[t], input = dtu[t];
-            V even = y[t], odd = zero();
-            MC_UNROLL(8)
-            for (int i = 0; i < G; ++i) {
-                h[i] = fma(h[i], exp2_finite(step * A[i]), input * set1(B_t[i]));
-                if (i & 1)
-                    odd = fma(h[i], set1(C_t[i]), odd);
-                else
-                    even = fma(h[i], set1(C_t[i]), even);
-            }
-            y[t] = even + odd;
-        }
-        MC_UNROLL(8)
-        for (int i = 0; i < G; ++i) store(state + (first + i) * W, h[i]);
-    }
-};
 
 // What a tile holds of one block of channels on the way forward.
 struct Forward {
@@ -232,7 +161,7 @@ struct Retreat {
 };
 
 // How many states are walked at a time: as many as their registers allow.
-constexpr int FORWARD_STATES = MC_WIDTH == 16 ? 8 : 4, BACKWARD_STATES = MC_WIDTH == 16 ? 4 : 2;
+constexpr int BACKWARD_STATES = MC_WIDTH == 16 ? 4 : 2;
 
 void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_t last, int64_t first_block) {
     const int64_t N = p.states, size = N * W, blocks = ceil_div(last - first, W);
@@ -276,7 +205,7 @@ void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_
                 std::memcpy(p.checkpoints + ((b * tiles + tile) * row_blocks + first_block + k) * size, mine,
                             sizeof(float) * size_t(size));
             Forward& at = all[size_t(k)];
-            for_states<FORWARD_STATES>(N, Advance{N, tokens, A2 + k * size, B, C, at.dt, at.dtu, restart, mine, at.y});
+            for_states<FORWARD_STATES>(N, Advance{N, tokens, A2 + k * size, B, C, at.dt, at.dtu, restart, mine, mine, at.y});
         }
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t k = 0; k < blocks; ++k) {

@@ -29,7 +29,6 @@ struct SsdGradient {
     float *dA, *dD, *dbias, *dinitial;
 };
 
-constexpr int64_t TILE = 16;      // tokens between two checkpoints
 constexpr int64_t HEADS_RUN = 4;  // heads of a backward task
 
 }  // namespace
@@ -42,18 +41,12 @@ extern "C" MC_EXPORT void mc_ssd_backward(const Ssd* p, const SsdGradient* g) { 
 
 #else
 
+#include "state_tiles.h"
+
 namespace MC_LEVEL {
 namespace {
 
-constexpr int ROWS = 2;                              // rows p in registers
-constexpr int VECTORS = MC_WIDTH == 16 ? 8 : 4;      // vectors of states in registers, a row
 constexpr int BACK_VECTORS = MC_WIDTH == 16 ? 4 : 2;  // the same on the way back
-
-// What a tile holds of one head: a number a token.
-struct Steps {
-    float dt[TILE], decay[TILE], slope[TILE];  // slope: d dt / d raw
-    bool restart[TILE];
-};
 
 inline void read_steps(const Ssd& p, int64_t b, int64_t head, int64_t start, int64_t tokens, Steps& at) {
     const float bias = p.dt_bias ? p.dt_bias[head] : 0.0f;
@@ -90,88 +83,6 @@ inline void read_rows(const View& view, int64_t b, int64_t start, int64_t tokens
         }
 }
 
-// Copies [rows, N] floats to rows of `padded` floats, zeros behind them.
-inline void pad(const float* from, int64_t rows, int64_t N, int64_t padded, float* to) {
-    for (int64_t r = 0; r < rows; ++r) {
-        std::memcpy(to + r * padded, from + r * N, sizeof(float) * size_t(N));
-        std::memset(to + r * padded + N, 0, sizeof(float) * size_t(padded - N));
-    }
-}
-
-inline void unpad(const float* from, int64_t rows, int64_t N, int64_t padded, float* to) {
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * N, from + r * padded, sizeof(float) * size_t(N));
-}
-
-// Calls step.run<M>(first vector) for all `vectors`, M of them at a time.
-template <int M, typename Step>
-MC_INLINE void for_vectors(int64_t vectors, Step&& step, int64_t v = 0) {
-    for (; v + M <= vectors; v += M) step.template run<M>(v);
-    if constexpr (M > 1) for_vectors<M / 2>(vectors, step, v);
-}
-
-// R rows over the tokens of a tile. x: [token][row stride], y: [token][R] lanes.
-template <int R>
-struct Rows {
-    int64_t tokens, padded, x_stride;
-    const Steps* at;
-    const float *B, *C, *x;
-    float* state;
-    V* y;
-
-    template <int M>
-    MC_INLINE void run(int64_t first) const {
-        V h[R][M];
-        MC_UNROLL(2)
-        for (int r = 0; r < R; ++r) {
-            MC_UNROLL(8)
-            for (int i = 0; i < M; ++i) h[r][i] = load(state + r * padded + (first + i) * W);
-        }
-        for (int64_t t = 0; t < tokens; ++t) {
-            const float *B_t = B + t * padded + first * W, *C_t = C + t * padded + first * W;
-            if (at->restart[t]) {
-                MC_UNROLL(2)
-                for (int r = 0; r < R; ++r) {
-                    MC_UNROLL(8)
-                    for (int i = 0; i < M; ++i) h[r][i] = zero();
-                }
-            }
-            const V decay = set1(at->decay[t]);
-            V input[R], sum[R];
-            MC_UNROLL(2)
-            for (int r = 0; r < R; ++r) {
-                input[r] = set1(at->dt[t] * x[t * x_stride + r]);
-                sum[r] = y[t * R + r];
-            }
-            MC_UNROLL(8)
-            for (int i = 0; i < M; ++i) {
-                const V B_i = load(B_t + i * W), C_i = load(C_t + i * W);
-                MC_UNROLL(2)
-                for (int r = 0; r < R; ++r) {
-                    h[r][i] = fma(input[r], B_i, h[r][i] * decay);
-                    sum[r] = fma(h[r][i], C_i, sum[r]);
-                }
-            }
-            MC_UNROLL(2)
-            for (int r = 0; r < R; ++r) y[t * R + r] = sum[r];
-        }
-        MC_UNROLL(2)
-        for (int r = 0; r < R; ++r) {
-            MC_UNROLL(8)
-            for (int i = 0; i < M; ++i) store(state + r * padded + (first + i) * W, h[r][i]);
-        }
-    }
-};
-
-template <int R>
-MC_INLINE void advance_rows(int64_t tokens, int64_t padded, int64_t head_dim, const Steps& at, const float* B, const float* C,
-                            const float* x, float D, float* state, float* y) {
-    V lanes[TILE * R];
-    for (int64_t i = 0; i < tokens * R; ++i) lanes[i] = zero();
-    for_vectors<VECTORS>(padded / W, Rows<R>{tokens, padded, head_dim, &at, B, C, x, state, lanes});
-    for (int64_t t = 0; t < tokens; ++t)
-        for (int r = 0; r < R; ++r) y[t * head_dim + r] = lane_sum(lanes[t * R + r]) + D * x[t * head_dim + r];
-}
-
 void ssd_forward_task(const Ssd& p, int64_t b, int64_t head) {
     const int64_t N = p.states, P = p.head_dim, padded = ceil_div(N, W) * W, group = head / (p.heads / p.groups);
     const int64_t tiles = ceil_div(p.length, TILE), row = (b * p.heads + head) * P;
@@ -198,9 +109,10 @@ void ssd_forward_task(const Ssd& p, int64_t b, int64_t head) {
                 store_part(x + t * P + c, read(p.x, b, start + t, head * P + c, count), count);
             }
         int64_t r = 0;
-        for (; r + ROWS <= P; r += ROWS)
-            advance_rows<ROWS>(tokens, padded, P, at, B, C, x + r, D, state + r * padded, y + r);
-        for (; r < P; ++r) advance_rows<1>(tokens, padded, P, at, B, C, x + r, D, state + r * padded, y + r);
+        for (; r + HEAD_ROWS <= P; r += HEAD_ROWS)
+            advance_rows<HEAD_ROWS>(tokens, padded, P, at, B, C, x + r, D, state + r * padded, state + r * padded, y + r);
+        for (; r < P; ++r)
+            advance_rows<1>(tokens, padded, P, at, B, C, x + r, D, state + r * padded, state + r * padded, y + r);
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t c = 0; c < P; c += W) {
                 const int count = int(std::min<int64_t>(W, P - c));
@@ -339,8 +251,8 @@ void ssd_backward_task(const Ssd& p, const SsdGradient& g, int64_t b, int64_t gr
             float* dh = dh_all + (head - first) * P * padded;
             const float* checkpoint = p.checkpoints + (at_head * tiles + tile) * P * padded;
             int64_t r = 0;
-            for (; r + ROWS <= P; r += ROWS)
-                retreat_rows<ROWS>(tokens, padded, P, at, B, C, x + r, gy + r, D, checkpoint + r * padded, dh + r * padded, dB,
+            for (; r + HEAD_ROWS <= P; r += HEAD_ROWS)
+                retreat_rows<HEAD_ROWS>(tokens, padded, P, at, B, C, x + r, gy + r, D, checkpoint + r * padded, dh + r * padded, dB,
                                    dC, dx + r, gu, gA);
             for (; r < P; ++r)
                 retreat_rows<1>(tokens, padded, P, at, B, C, x + r, gy + r, D, checkpoint + r * padded, dh + r * padded, dB, dC,

@@ -1,0 +1,453 @@
+// mixer_step on a CPU: one token through all blocks of a model in one call, each block from the residual back to the residual.
+//
+// The arithmetic is that of the single ops, in the same order (rms_norm, the linears, causal_conv1d, the scans, hadamard): only
+// the calls between them are gone. Threads share one parallel region for the whole token; inside a stage they take runs of
+// neighbouring channels from a counter, and what follows channel by channel is done at once, on the run that was just made:
+//
+//     in_proj  + convolution and its activation        (in_proj's outputs that the convolution reads)
+//     x_proj                                           Mamba-1 only
+//     dt_proj  + scan and gate                         Mamba-2: the heads, on what in_proj and the convolution left
+//     out_proj + residual
+//
+// so that a block costs four barriers (Mamba-2: three). What a linear needs of a whole row (norm, rotation, quantization) takes
+// less time than a barrier: with one row every thread does it for itself. A run's result depends neither on who takes it nor on
+// where it starts: any number of threads gives the same bits.
+//
+// Legend: M rows of the batch, D d_model, E d_inner, K conv width, N d_state, G groups, R dt_rank, H heads, P head_dim.
+#ifndef MC_LEVEL
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <atomic>
+
+#include "native.h"
+
+namespace {
+
+using namespace mc;
+
+// A linear as its module holds it: see Linear in int_tiles.h and Weights in linear_tasks.h.
+struct Matrix {
+    int64_t weights, inputs, outputs, groups, activation, act_bits, scale_dtype;
+    const void *weight, *scale;
+    const uint8_t* zero;
+    const float *bias, *act_scale;
+};
+
+// An online rotation: see Hadamard in hadamard_rows.h. block 0: none.
+struct Rotation {
+    int64_t block, base;
+    const float* mix;
+    const int8_t* signs;
+};
+
+struct Block {
+    int64_t ssd;  // 0: Mamba-1 (in_proj rows [x, z]), 1: Mamba-2 (in_proj rows [z, x, B, C, dt])
+    int64_t size, channels, states, groups, width, activated, rank, heads;  // D, E, N, G, K, the convolution's activation, R, H
+    int64_t inner_norm;         // Mamba-1: norms without a weight on dt, B and C
+    double norm_eps, inner_eps;  // inner: of these norms, or of Mamba-2's gated norm
+    double dt_low, dt_high;
+    const float* norm;                            // [D], or null: the input is normed already, and no residual is added
+    const float *conv, *conv_bias, *conv_scale;   // [channels, K], [channels] or null
+    const float *decay, *D, *dt_bias;             // decay: Mamba-1 A log2(e) as [N, E], Mamba-2 A [H]
+    const float *gate_scale, *gated_norm;         // [E] or null; [E] (Mamba-2)
+    Matrix in, x, dt, out;
+    Rotation x_rotation, out_rotation;
+
+    int64_t conv_channels() const { return ssd ? channels + 2 * groups * states : channels; }
+    int64_t conv_offset() const { return ssd ? channels : 0; }
+};
+
+// The state of a block before and after the step; both may be the same memory. Strides count floats.
+struct State {
+    const float *conv_from, *from;
+    float *conv_to, *to;
+    int64_t conv_from_batch, conv_from_token, conv_from_channel, conv_to_batch, conv_to_token, conv_to_channel;
+    int64_t from_states_first, to_states_first;  // Mamba-1: 1 where the state lies as [M, N, E], 0 as [M, E, N]
+};
+
+struct Step {
+    int64_t batch, blocks, threads;
+    const Block* const* block;
+    const State* state;
+    float* h;  // [M, D], replaced
+};
+
+constexpr int64_t MAX_WIDTH = 16;
+constexpr int STAGES = 8;  // counters of a block
+
+}  // namespace
+
+#define MC_SELF "mixer_step/cpu.cpp"
+#include "levels.h"
+
+extern "C" MC_EXPORT void mc_mixer_step(const void* p) { MC_DISPATCH(mixer_step, *static_cast<const Step*>(p)); }
+
+#else
+
+#include "linear_tasks.h"
+#include "norm_rows.h"
+#include "hadamard_rows.h"
+#include "state_tiles.h"
+
+namespace MC_LEVEL {
+namespace {
+
+using Counter = std::atomic<int64_t>;
+
+// The largest sizes among the blocks: buffers are made once a step.
+struct Sizes {
+    int64_t batch, size = 0, in = 0, conv = 0, x = 0, channels = 0, inputs = 0, groups = 1, states = 0, head_rows = 0;
+
+    explicit Sizes(const Step& p) : batch(p.batch) {
+        for (int64_t i = 0; i < p.blocks; ++i) {
+            const Block& k = *p.block[i];
+            size = std::max(size, k.size), in = std::max(in, k.in.outputs), conv = std::max(conv, k.conv_channels());
+            x = std::max(x, k.x.outputs), channels = std::max(channels, k.channels), states = std::max(states, k.states);
+            if (k.ssd) head_rows = std::max(head_rows, k.channels / k.heads);
+            for (const Matrix* m : {&k.in, &k.x, &k.dt, &k.out}) inputs = std::max(inputs, m->inputs), groups = std::max(groups, m->groups);
+        }
+    }
+};
+
+// What all threads write and read, [M, ...] each.
+struct Shared {
+    Scratch<float> in, u, low, dt, y, out;
+
+    explicit Shared(const Sizes& s)
+        : in(size_t(s.batch * s.in)), u(size_t(s.batch * s.conv)), low(size_t(s.batch * s.x)),
+          dt(size_t(s.batch * s.channels)), y(size_t(s.batch * s.channels)), out(size_t(s.batch * s.size)) {}
+};
+
+// Whole rows made ready for a linear: by every thread for itself, or together.
+struct Ready {
+    Rows rows;
+    Scratch<float> x, low;  // a row as it was before it was quantized; dt, B and C behind their norms
+
+    Ready(const Sizes& s, int64_t batch)
+        : rows(batch, s.inputs, s.groups, true, true), x(size_t(batch * std::max(s.size, s.channels))),
+          low(size_t(batch * s.x)) {}
+};
+
+// What a thread needs for itself.
+struct Worker {
+    Workspace work;
+    Scratch<float> row, row2, states;  // states: [2 + 2][N][W] of Mamba-1, or a head's of Mamba-2
+    Scratch<int8_t> natural;
+
+    explicit Worker(const Sizes& s)
+        : work(s.inputs, s.groups), row(size_t(std::max(s.inputs, s.size) + 2 * W)), row2(size_t(std::max(s.inputs, s.size) + 2 * W)),
+          states(size_t(std::max(4 * s.states * W, (s.head_rows + 2) * (s.states + W)))), natural(size_t(s.inputs + 128)) {}
+};
+
+// One thread on its way through the blocks.
+struct Walker {
+    const Step& p;
+    const int threads;
+    const bool alone;  // whole rows are made ready by every thread for itself
+    Shared& all;
+    Ready& ready;
+    Counter* counters;
+    Worker mine;
+
+    Walker(const Step& p, int threads, const Sizes& s, Shared& all, Ready& ready, Counter* counters)
+        : p(p), threads(threads), alone(p.batch == 1 || threads == 1), all(all), ready(ready), counters(counters), mine(s) {}
+
+    static void meet() {
+#pragma omp barrier
+    }
+
+    Tasks linear(const Matrix& m, const float* x, int64_t x_row, float* y) const {
+        Linear l{p.batch, m.inputs, m.outputs, m.groups, threads, m.activation, m.act_bits, x_row, F32, F32, m.scale_dtype,
+                 x, m.weight, m.scale, m.zero, m.bias, m.act_scale, y};
+        Tasks tasks(l, Weights(m.weights));
+        if (tasks.shape != Tasks::FLOAT) tasks.chunk = std::max<int64_t>(1, std::min(tasks.chunk, tasks.count / (4 * threads)));
+        return tasks;
+    }
+
+    // prepare(row) for every row, by everyone or shared out.
+    template <typename Prepare>
+    void each_row(Counter& next, Prepare prepare) {
+        if (alone) {
+            for (int64_t m = 0; m < p.batch; ++m) prepare(m);
+            return;
+        }
+        for (int64_t m; (m = next.fetch_add(1)) < p.batch;) prepare(m);
+        meet();
+    }
+
+    // Runs of a linear's outputs, each followed by what comes next on its channels: done(first, last).
+    template <typename Done>
+    void each_run(Counter& next, const Tasks& tasks, Done done) {
+        for (int64_t first; (first = next.fetch_add(tasks.chunk)) < tasks.count;) {
+            const int64_t last = std::min(first + tasks.chunk, tasks.count);
+            for (int64_t task = first; task < last; ++task) tasks.run(ready.rows, task, mine.work);
+            done(first * tasks.width, std::min(last * tasks.width, tasks.p.outputs));
+        }
+    }
+
+    void quantize(const Tasks& tasks, int64_t m) { tasks.prepare(ready.rows, m, mine.row.get(), mine.natural.get()); }
+
+    void rotate(const Rotation& r, int64_t size, const float* x, float* y) {
+        const Hadamard h{1, size, r.block, r.base, 0, 1, size, F32, x, r.mix, r.signs, y};
+        transform_row(h, 0, float(1.0 / std::sqrt(double(r.block))), mine.row.get(), mine.row2.get());
+    }
+
+    // -- stages ------------------------------------------------------------------------------------------------------
+
+    // Channels [first, last) of the convolution of row m, its state moved on by one token.
+    void convolve(const Block& k, const State& s, int64_t m, int64_t first, int64_t last) {
+        const int64_t K = k.width, old = K - 1;
+        const float* x = all.in.get() + m * k.in.outputs + k.conv_offset();
+        float* u = all.u.get() + m * k.conv_channels();
+        const float* from = s.conv_from + m * s.conv_from_batch;
+        float* to = s.conv_to + m * s.conv_to_batch;
+        for (int64_t c = first; c < last; c += W) {
+            const int count = int(std::min<int64_t>(W, last - c));
+            V window[MAX_WIDTH], taps[MAX_WIDTH];
+            for (int64_t t = 0; t < old; ++t) window[t] = gather_part(from + t * s.conv_from_token + c * s.conv_from_channel, s.conv_from_channel, count);
+            window[old] = load_part(x + c, count);
+            load_taps(k.conv + c * K, K, count, taps);
+            V y = k.conv_bias ? load_part(k.conv_bias + c, count) : zero();
+            for (int64_t t = 0; t < K; ++t) y = fma(window[t], taps[t], y);
+            if (k.activated) y = y * sigmoid(k.conv_scale ? y * load_part(k.conv_scale + c, count) : y);
+            store_part(u + c, y, count);
+            for (int64_t t = 0; t < old; ++t)
+                scatter_part(to + t * s.conv_to_token + c * s.conv_to_channel, s.conv_to_channel, window[t + 1], count);
+        }
+    }
+
+    static MC_INLINE V gather_part(const float* from, int64_t step, int count) {
+        if (step == 1) return load_part(from, count);
+        float lanes[W] = {};
+        for (int i = 0; i < count; ++i) lanes[i] = from[i * step];
+        return load(lanes);
+    }
+
+    static MC_INLINE void scatter_part(float* to, int64_t step, V x, int count) {
+        if (step == 1) return store_part(to, x, count);
+        float lanes[W];
+        store(lanes, x);
+        for (int i = 0; i < count; ++i) to[i * step] = lanes[i];
+    }
+
+    // weight [count channels, K] -> a vector a tap.
+    static MC_INLINE void load_taps(const float* weight, int64_t K, int count, V* taps) {
+#if MC_WIDTH == 16
+        if (K == 4 && count == W) {
+            const __m512i pick = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+            const __m512 a = _mm512_loadu_ps(weight), b = _mm512_loadu_ps(weight + 16);
+            const __m512 c = _mm512_loadu_ps(weight + 32), d = _mm512_loadu_ps(weight + 48);
+            for (int t = 0; t < 4; ++t) {
+                const __m512i at = _mm512_add_epi32(pick, _mm512_set1_epi32(t));
+                taps[t].v = _mm512_shuffle_f32x4(_mm512_permutex2var_ps(a, at, b), _mm512_permutex2var_ps(c, at, d), 0x44);
+            }
+            return;
+        }
+#endif
+        for (int64_t t = 0; t < K; ++t) taps[t] = gather_part(weight + t, K, count);
+    }
+
+    // Channels [first, last) of one group of row m: the step of the scan, D, and the gate.
+    void scan(const Block& k, const State& s, int64_t m, int64_t group, int64_t first, int64_t last, const float* low) {
+        const int64_t E = k.channels, N = k.states;
+        const float *u_row = all.u.get() + m * E, *dt_row = all.dt.get() + m * E, *z_row = all.in.get() + m * k.in.outputs + E;
+        const float *B = low + k.rank + group * N, *C = B + k.groups * N;
+        float *decay_part = mine.states.get(), *from_part = decay_part + N * W, *to_part = from_part + N * W;
+        const bool restart[1] = {false};
+        for (int64_t c = first; c < last; c += W) {
+            const int count = int(std::min<int64_t>(W, last - c));
+            const bool whole = count == W;
+            const V u = load_part(u_row + c, count);
+            const V dt = softplus(load_part(dt_row + c, count) + load_part(k.dt_bias + c, count)), dtu = dt * u;
+            V y = zero();
+            Advance advance{N, 1, k.decay + c, B, C, &dt, &dtu, restart, from_part, to_part, &y, E, W, W};
+            const float* from = s.from + m * E * N + (s.from_states_first ? c : c * N);
+            float* to = s.to + m * E * N + (s.to_states_first ? c : c * N);
+            if (!whole) {
+                for (int64_t n = 0; n < N; ++n) store(decay_part + n * W, load_part(k.decay + n * E + c, count));
+                advance.A2 = decay_part, advance.A2_step = W;
+            }
+            if (!s.from_states_first) {
+                gather(from, N, count, from_part);
+            } else if (whole) {
+                advance.from = from, advance.from_step = E;
+            } else {
+                for (int64_t n = 0; n < N; ++n) store(from_part + n * W, load_part(from + n * E, count));
+            }
+            if (s.to_states_first && whole) advance.to = to, advance.to_step = E;
+            for_states<FORWARD_STATES>(N, advance);
+            if (!s.to_states_first) {
+                scatter(to_part, N, count, to);
+            } else if (!whole) {
+                for (int64_t n = 0; n < N; ++n) store_part(to + n * E, load(to_part + n * W), count);
+            }
+            V out = k.D ? fma(load_part(k.D + c, count), u, y) : y;
+            const V z = load_part(z_row + c, count), scale = k.gate_scale ? load_part(k.gate_scale + c, count) : set1(1.0f);
+            store_part(all.y.get() + m * E + c, out * (z * sigmoid(scale * z)), count);
+        }
+    }
+
+    // One head of row m of Mamba-2: the step of the scan, and D.
+    void head_step(const Block& k, const State& s, int64_t m, int64_t head) {
+        const int64_t N = k.states, P = k.channels / k.heads, padded = ceil_div(N, W) * W, S = k.groups * N;
+        const int64_t group = head / (k.heads / k.groups), row = (m * k.heads + head) * P;
+        const float* u_row = all.u.get() + m * k.conv_channels();
+        const float raw = all.in.get()[m * k.in.outputs + 2 * k.channels + 2 * S + head] + (k.dt_bias ? k.dt_bias[head] : 0.0f);
+        const float low = float(k.dt_low), high = float(k.dt_high);
+        float lanes[W];
+        store(lanes, softplus(set1(raw)));
+        Steps at;
+        at.dt[0] = lanes[0];
+        if (at.dt[0] < low || at.dt[0] > high) at.dt[0] = std::min(std::max(at.dt[0], low), high);
+        store(lanes, exp2v(set1(at.dt[0]) * set1(k.decay[head] * LOG2E)));
+        at.decay[0] = lanes[0];
+        at.restart[0] = false;
+        const float *x = u_row + head * P, *B = u_row + k.channels + group * N, *C = B + S, *from = s.from + row * N;
+        float *to = s.to + row * N, *y = all.y.get() + m * k.channels + head * P, D = k.D ? k.D[head] : 0.0f;
+        if (padded != N) {
+            float *B_part = mine.states.get(), *C_part = B_part + padded, *state = C_part + padded;
+            pad(B, 1, N, padded, B_part);
+            pad(C, 1, N, padded, C_part);
+            pad(from, P, N, padded, state);
+            B = B_part, C = C_part, from = to = state;
+        }
+        int64_t r = 0;
+        for (; r + HEAD_ROWS <= P; r += HEAD_ROWS)
+            advance_rows<HEAD_ROWS>(1, padded, P, at, B, C, x + r, D, from + r * padded, to + r * padded, y + r);
+        for (; r < P; ++r) advance_rows<1>(1, padded, P, at, B, C, x + r, D, from + r * padded, to + r * padded, y + r);
+        if (padded != N) unpad(to, P, N, padded, s.to + row * N);
+    }
+
+    // dt, B and C of row m behind their norms.
+    const float* normed_low(const Block& k, int64_t m) {
+        const float* low = all.low.get() + m * k.x.outputs;
+        if (!k.inner_norm) return low;
+        float* to = ready.low.get() + m * k.x.outputs;
+        const auto norm = [&](int64_t from, int64_t rows, int64_t size) {
+            const Norm n{rows, size, size, 1, size, 0, F32, F32, F32, k.inner_eps, low + from, nullptr, nullptr, to + from};
+            for (int64_t row = 0; row < rows; ++row) norm_row(n, row, mine.row.get());
+        };
+        norm(0, 1, k.rank);
+        norm(k.rank, 2 * k.groups, k.states);
+        return to;
+    }
+
+    // -- a block -----------------------------------------------------------------------------------------------------
+
+    void project_in(const Block& k, const State& s, Counter* next) {
+        const float* x = k.norm ? ready.x.get() : p.h;
+        const Tasks tasks = linear(k.in, x, k.size, all.in.get());
+        tasks.shape_rows(ready.rows);
+        const Norm norm{p.batch, k.size, k.size, 1, k.size, 0, F32, F32, F32, k.norm_eps, p.h, nullptr, k.norm, ready.x.get()};
+        each_row(next[0], [&](int64_t m) {
+            if (k.norm) norm_row(norm, m, mine.row.get());
+            quantize(tasks, m);
+        });
+        const int64_t offset = k.conv_offset(), end = offset + k.conv_channels();
+        each_run(next[1], tasks, [&](int64_t first, int64_t last) {
+            first = std::max(first, offset) - offset, last = std::min(last, end) - offset;
+            for (int64_t m = 0; m < p.batch && first < last; ++m) convolve(k, s, m, first, last);
+        });
+        meet();
+    }
+
+    void select_and_scan(const Block& k, const State& s, Counter* next) {
+        const int64_t E = k.channels;
+        const bool rotates = k.x_rotation.block != 0;
+        const Tasks x_tasks = linear(k.x, rotates ? ready.x.get() : all.u.get(), E, all.low.get());
+        x_tasks.shape_rows(ready.rows);
+        each_row(next[2], [&](int64_t m) {
+            if (rotates) rotate(k.x_rotation, E, all.u.get() + m * E, ready.x.get() + m * E);
+            quantize(x_tasks, m);
+        });
+        each_run(next[3], x_tasks, [](int64_t, int64_t) {});
+        meet();
+        const float* low = k.inner_norm ? ready.low.get() : all.low.get();
+        const Tasks tasks = linear(k.dt, low, k.x.outputs, all.dt.get());
+        tasks.shape_rows(ready.rows);
+        each_row(next[4], [&](int64_t m) {
+            normed_low(k, m);
+            quantize(tasks, m);
+        });
+        const int64_t per_group = E / k.groups;
+        each_run(next[5], tasks, [&](int64_t first, int64_t last) {
+            for (int64_t m = 0; m < p.batch; ++m)
+                for (int64_t c = first; c < last;) {
+                    const int64_t group = c / per_group, stop = std::min(last, (group + 1) * per_group);
+                    scan(k, s, m, group, c, stop, low + m * k.x.outputs);
+                    c = stop;
+                }
+        });
+        meet();
+    }
+
+    void step_heads(const Block& k, const State& s, Counter* next) {
+        for (int64_t task; (task = next[2].fetch_add(1)) < p.batch * k.heads;) head_step(k, s, task / k.heads, task % k.heads);
+        meet();
+    }
+
+    void project_out(const Block& k, Counter* next) {
+        const int64_t E = k.channels, D = k.size;
+        const bool rotates = k.out_rotation.block != 0;
+        const float* x = rotates || k.ssd ? ready.x.get() : all.y.get();
+        const Tasks tasks = linear(k.out, x, E, all.out.get());
+        tasks.shape_rows(ready.rows);
+        const Norm norm{p.batch, E, E / k.groups, 1, E, k.in.outputs, F32, F32, F32, k.inner_eps, all.y.get(), all.in.get(),
+                        k.gated_norm, ready.x.get()};
+        each_row(next[6], [&](int64_t m) {
+            float* to = ready.x.get() + m * E;
+            if (k.ssd) norm_row(norm, m, mine.row.get());
+            if (rotates) rotate(k.out_rotation, E, k.ssd ? to : all.y.get() + m * E, to);
+            quantize(tasks, m);
+        });
+        each_run(next[7], tasks, [&](int64_t first, int64_t last) {
+            for (int64_t m = 0; m < p.batch; ++m) {
+                const float* y = all.out.get() + m * D;
+                float* h = p.h + m * D;
+                for (int64_t c = first; c < last; ++c) h[c] = k.norm ? h[c] + y[c] : y[c];
+            }
+        });
+        meet();
+    }
+
+    void walk() {
+        for (int64_t i = 0; i < p.blocks; ++i) {
+            const Block& k = *p.block[i];
+            Counter* next = counters + i * STAGES;
+            project_in(k, p.state[i], next);
+            if (k.ssd) step_heads(k, p.state[i], next);
+            else select_and_scan(k, p.state[i], next);
+            project_out(k, next);
+        }
+    }
+};
+
+// Threads that pay for a model of blocks this size: a barrier takes as long as reading some tens of kilobytes.
+int worthwhile(const Step& p, const Sizes& s) {
+    const int64_t work = s.size * s.in + s.channels * s.size;
+    return int(std::max<int64_t>(1, std::min(p.threads, work >> 16)));
+}
+
+void mixer_step(const Step& p) {
+    if (p.batch == 0 || p.blocks == 0) return;
+    const Sizes sizes(p);
+    const int threads = worthwhile(p, sizes);
+    std::vector<Counter> counters(size_t(p.blocks * STAGES));
+    Shared all(sizes);
+    Ready together(sizes, p.batch > 1 && threads > 1 ? p.batch : 1);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        if (p.batch == 1 || threads == 1) {
+            Ready own(sizes, p.batch);
+            Walker(p, threads, sizes, all, own, counters.data()).walk();
+        } else {
+            Walker(p, threads, sizes, all, together, counters.data()).walk();
+        }
+    }
+}
+
+}  // namespace
+}  // namespace MC_LEVEL
+#endif

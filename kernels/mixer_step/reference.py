@@ -1,0 +1,173 @@
+"""A block's decode step in readable torch: the single ops, one after the other.
+
+What a block is to this op are plain records of its tensors, as its modules hold them. The native code does the same
+arithmetic in the same order without leaving C++; where all matrices are packed it gives the same bits as these ops run
+natively. Legend: B batch, D d_model, E d_inner, K conv width, N d_state, G groups, R dt_rank, H heads, P head_dim,
+C conv channels (E, or E + 2 G N), O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mambacompress.kernels.causal_conv1d import causal_conv1d
+from mambacompress.kernels.hadamard import hadamard
+from mambacompress.kernels.int4_linear import int4_linear
+from mambacompress.kernels.int8_linear import int8_linear
+from mambacompress.kernels.rms_norm import gated_rms_norm, rms_norm
+from mambacompress.kernels.selective_scan import selective_scan
+from mambacompress.kernels.ssd_scan import ssd_scan
+
+
+class BlockState(NamedTuple):
+    """conv: [B, K-1, C], the last inputs of the convolution. ssm: [B, E, N] (Mamba-1) or [B, H, P, N] (Mamba-2)."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear: fp32 weight [O, I]; int8 [O, I] with scale [O]; or uint8 [O, I/2], scale (and zero) [O, I/group_size].
+
+    The rest as in int8_linear and int4_linear.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    group_size: int | None = None
+    activation: str = "none"
+    act_scale: Tensor | None = None
+    act_bits: int = 8
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.shape[1] * (2 if self.weight.dtype == torch.uint8 else 1)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """x -> x diag(signs) H in blocks; signs: int8."""
+
+    signs: Tensor
+    block: int
+
+
+@dataclass(frozen=True)
+class Conv:
+    """weight [C, K], bias and act_scale [C] or None: see causal_conv1d."""
+
+    weight: Tensor
+    bias: Tensor | None
+    act_scale: Tensor | None
+    activation: bool = True
+
+
+@dataclass(frozen=True)
+class S6Block:
+    """Mamba-1. in_proj rows [x, z], x_proj rows [dt, B, C]. A: [E, N], negative; D, dt_bias, gate_scale: [E].
+
+    norm: [D], or None where the input is normed already and no residual is to be added. inner_eps: of norms without a
+    weight on dt, B and C (FalconMamba), or None.
+    """
+
+    norm: Tensor | None
+    norm_eps: float
+    in_proj: Matrix
+    conv: Conv
+    x_proj: Matrix
+    dt_proj: Matrix
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    gate_scale: Tensor | None
+    out_proj: Matrix
+    groups: int = 1
+    inner_eps: float | None = None
+    x_rotation: Rotation | None = None
+    out_rotation: Rotation | None = None
+
+
+@dataclass(frozen=True)
+class SSDBlock:
+    """Mamba-2. in_proj rows [z, x, B, C, dt]. A (negative), D, dt_bias: [H]; gated_norm: [E]. norm: as in S6Block."""
+
+    norm: Tensor | None
+    norm_eps: float
+    in_proj: Matrix
+    conv: Conv
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    dt_limit: tuple[float, float]
+    gated_norm: Tensor
+    gated_eps: float
+    out_proj: Matrix
+    states: int
+    groups: int = 1
+    out_rotation: Rotation | None = None
+
+
+def mixer_step_reference(h_BD: Tensor, blocks: list[S6Block | SSDBlock],
+                         states: list[BlockState]) -> tuple[Tensor, list[BlockState]]:
+    """See ``mixer_step``."""
+    new_states = []
+    for block, state in zip(blocks, states, strict=True):
+        x_BLD = h_BD[:, None] if block.norm is None else rms_norm(h_BD[:, None], block.norm, block.norm_eps)
+        y_BLD, new_state = _s6(x_BLD, block, state) if isinstance(block, S6Block) else _ssd(x_BLD, block, state)
+        h_BD = y_BLD[:, 0] if block.norm is None else h_BD + y_BLD[:, 0]
+        new_states.append(new_state)
+    return h_BD, new_states
+
+
+def _s6(x_BLD: Tensor, block: S6Block, state: BlockState) -> tuple[Tensor, BlockState]:
+    states = block.A.shape[1]
+    x_BLE, z_BLE = _linear(x_BLD, block.in_proj).chunk(2, dim=-1)
+    u_BLE, conv_state = _conv(x_BLE, block.conv, state)
+    rank, span = block.dt_proj.inputs, block.groups * states
+    dt_BLR, B_BLS, C_BLS = _linear(_rotated(u_BLE, block.x_rotation), block.x_proj).split([rank, span, span], dim=-1)
+    B_BLGN, C_BLGN = (t.unflatten(-1, (block.groups, states)) for t in (B_BLS, C_BLS))
+    if block.inner_eps is not None:
+        dt_BLR, B_BLGN, C_BLGN = (rms_norm(t, None, block.inner_eps) for t in (dt_BLR, B_BLGN, C_BLGN))
+    y_BLE, final_BEN = selective_scan(u_BLE, _linear(dt_BLR, block.dt_proj), block.A, B_BLGN, C_BLGN, block.D, z_BLE,
+                                      block.dt_bias, z_scale_E=block.gate_scale, initial_state_BEN=state.ssm)
+    return _linear(_rotated(y_BLE, block.out_rotation), block.out_proj), BlockState(conv_state, final_BEN)
+
+
+def _ssd(x_BLD: Tensor, block: SSDBlock, state: BlockState) -> tuple[Tensor, BlockState]:
+    heads, channels, span = len(block.A), len(block.gated_norm), block.groups * block.states
+    z_BLE, xBC_BLC, dt_BLH = _linear(x_BLD, block.in_proj).split([channels, channels + 2 * span, heads], dim=-1)
+    xBC_BLC, conv_state = _conv(xBC_BLC, block.conv, state)
+    x_BLE, B_BLS, C_BLS = xBC_BLC.split([channels, span, span], dim=-1)
+    B_BLGN, C_BLGN = (t.unflatten(-1, (block.groups, block.states)) for t in (B_BLS, C_BLS))
+    y_BLHP, final = ssd_scan(x_BLE.unflatten(-1, (heads, -1)), dt_BLH, block.A, B_BLGN, C_BLGN, block.D, block.dt_bias,
+                             dt_limit=block.dt_limit, initial_state_BHPN=state.ssm)
+    y_BLE = gated_rms_norm(y_BLHP.flatten(2), z_BLE, block.gated_norm, block.gated_eps, channels // block.groups)
+    return _linear(_rotated(y_BLE, block.out_rotation), block.out_proj), BlockState(conv_state, final)
+
+
+def _linear(x: Tensor, matrix: Matrix) -> Tensor:
+    weight, scale = matrix.weight, matrix.scale
+    if scale is None:
+        return F.linear(x, weight, matrix.bias)
+    if weight.dtype == torch.uint8:
+        return int4_linear(x, weight, scale, matrix.zero, matrix.bias, group_size=matrix.group_size or matrix.inputs,
+                           activation=matrix.activation, act_scale=matrix.act_scale, act_bits=matrix.act_bits)
+    return int8_linear(x, weight, scale, matrix.bias, activation=matrix.activation, act_scale=matrix.act_scale,
+                       act_bits=matrix.act_bits)
+
+
+def _conv(x_BLC: Tensor, conv: Conv, state: BlockState) -> tuple[Tensor, Tensor]:
+    return causal_conv1d(x_BLC, conv.weight, conv.bias, activation=conv.activation, act_scale_E=conv.act_scale,
+                         initial_state=state.conv)
+
+
+def _rotated(x: Tensor, rotation: Rotation | None) -> Tensor:
+    return x if rotation is None else hadamard(x, rotation.signs, block=rotation.block)
