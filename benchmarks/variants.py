@@ -59,7 +59,8 @@ def ablation(recipe: str, *, gptq: bool, online_x: bool = False) -> list[Variant
         gptq_alone = {"passes.fuse_norms": None, "passes.smooth": None, "passes.rotate": None}
         rotations = {"passes.fuse_norms": {}, "passes.smooth": None, "passes.rotate": full}
         rows += [("GPTQ alone", gptq_alone), ("GPTQ, R2", gptq_alone | {"passes.rotate": NONE | {"out": "hadamard"}}),
-                 ("rotations + GPTQ", rotations), ("rotations + smoothing + GPTQ", rotations | {"passes.smooth": FOLDS})]
+                 ("rotations + GPTQ", rotations),
+                 ("rotations + smoothing + GPTQ", rotations | {"passes.smooth": FOLDS})]
     return [Variant(f"{recipe}: {name}", recipe, overrides) for name, overrides in rows] + [
         Variant(f"{recipe}: the recipe", recipe)]
 

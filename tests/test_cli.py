@@ -21,7 +21,7 @@ from mambacompress.cli import app
 from mambacompress.cli.command import Greedy, default_out
 from mambacompress.errors import CheckFailed, UserError
 
-COMMANDS = ("quantize", "inspect", "evaluate", "report", "generate", "verify", "doctor", "demo")
+COMMANDS = ("quantize", "inspect", "evaluate", "bench", "report", "generate", "verify", "doctor", "demo")
 
 
 def cli(*arguments: str | float) -> Result:

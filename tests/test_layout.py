@@ -27,11 +27,12 @@ LEVELS = (
     ("pipeline",),
     ("hf", "export"),
     ("api",),
-    ("eval",),
+    ("eval", "bench"),
     ("__init__", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-IMPORTS_TRANSFORMERS = ("models/families", "hf.py", "training/hf_callback", "training/recipes", "data.py", "eval")
+IMPORTS_TRANSFORMERS = ("models/families", "hf.py", "training/hf_callback", "training/recipes", "data.py", "eval",
+                        "bench")
 # What these may import although it stands later: pure file helpers, nothing that knows models.
 LEAVES = {"storage"}
 

@@ -40,6 +40,9 @@ from mambacompress.schema import MapFormat, QuantizeConfig
 _SWEEP_TOKENS = 4096
 """Calibration tokens on which the scan's clipping is chosen."""
 
+_HARMLESS_DB = 60
+"""fp16 costs a matrix no more than this (fp32's own rounding: about 150 dB)."""
+
 _CHUNK_VALUES = 1 << 23
 """Values of a weight that are rounded at a time."""
 
@@ -66,6 +69,9 @@ class Quantize(Pass):
                 check_groups(f"block {block.index} {tensor}", shape[1], _grid(format_))
                 plan.edits.append(self._edit(block.index, tensor, format_, shape))
             self._plan_scan(plan, block)
+            if self.config.rest == "float16":
+                plan.edits.append(Edit(self.name, block.index, "rest", "unpacked matrices in float16 where that keeps "
+                                       f"{_HARMLESS_DB} dB of one"))
         self._plan_ends(plan, model_map)
         self._plan_coverage(plan, model_map)
         return plan
@@ -389,9 +395,9 @@ def _halve_rest(block: Block) -> None:
 
 
 def _half_if_harmless(transform: Tensor) -> Tensor:
-    """fp16 where it keeps 60 dB of the matrix, else fp32."""
+    """fp16 where it keeps ``_HARMLESS_DB`` of the matrix, else fp32."""
     half = transform.half()
-    return half if torch.isfinite(half).all() and sqnr_db(transform, half) > 60 else transform.float()
+    return half if torch.isfinite(half).all() and sqnr_db(transform, half) > _HARMLESS_DB else transform.float()
 
 
 def _rounded(value: float, digits: int = 4) -> float:

@@ -13,7 +13,8 @@ import torch
 gguf = pytest.importorskip("gguf", reason="the gguf package is not installed (extra: bench)")
 
 from benchmarks.peers import llamacpp  # noqa: E402
-from benchmarks.peers.gguf_mamba import convert, tensor_rows  # noqa: E402
+from mambacompress.bench.gguf_mamba import convert, tensor_rows  # noqa: E402
+from mambacompress.bench.llamacpp import Session, make_types  # noqa: E402
 
 VOCABULARY = 104
 
@@ -59,7 +60,7 @@ def test_an_untied_head_is_written(tmp_path: Path, make_host: Any, model_dir: Pa
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "mamba2"}, "only 'mamba'"), ({"use_bias": True}, "no bias"),
+    ({"model_type": "falcon_mamba"}, "only 'mamba'"), ({"use_bias": True}, "no bias"),
     ({"intermediate_size": 96}, "2 \\* d_model")])
 def test_what_gguf_cannot_hold_is_refused(model_dir: Path, tmp_path: Path, change: dict[str, Any],
                                           message: str) -> None:
@@ -72,17 +73,17 @@ def test_what_gguf_cannot_hold_is_refused(model_dir: Path, tmp_path: Path, chang
 
 def test_unknown_types_are_named(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown type q9_9; known: f16"):
-        llamacpp.make_types(model_dir, ["f16", "q9_9"], tmp_path)
+        make_types(model_dir, ["f16", "q9_9"], tmp_path)
 
 
 def test_llama_cpp_computes_the_function_of_transformers(model_dir: Path, tmp_path: Path, make_host: Any) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     host = make_host("mamba", vocab_size=VOCABULARY)
-    files = llamacpp.make_types(model_dir, ["f16", "q8_0"], tmp_path)
+    files = make_types(model_dir, ["f16", "q8_0"], tmp_path)
     windows_WL = np.random.default_rng(0).integers(1, VOCABULARY, size=(2, 24))
     with torch.no_grad():
         logits_WLV = host(torch.from_numpy(windows_WL)).logits
-    with llamacpp.Session(files["f16"], length=24) as session:
+    with Session(files["f16"], length=24) as session:
         for _ in range(2):  # the second time from a memory that held the first
             got_LV = session.logits(windows_WL[1])
         np.testing.assert_allclose(got_LV, logits_WLV[1].numpy(), atol=5e-3 * logits_WLV.abs().max().item())
@@ -98,14 +99,6 @@ def test_llama_cpp_computes_the_function_of_transformers(model_dir: Path, tmp_pa
     shown = llamacpp.table(measured)
     assert "ssm_in.weight Q8_0 x2" in shown
     assert "token_embd.weight Q8_0" in shown
-
-
-def test_speed_reports_every_figure(model_dir: Path, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    files = llamacpp.make_types(model_dir, ["f16"], tmp_path)
-    rates = llamacpp.measure_speed(files["f16"], threads=1, prefill=16, decode=4, batch=3, bursts=2)
-    assert list(rates) == ["prefill", "decode_1", "decode_3"]
-    assert all(rate.best >= rate.median > 0 for rate in rates.values())
 
 
 def test_kl_and_agreement_of_known_distributions() -> None:

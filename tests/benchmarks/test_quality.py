@@ -40,7 +40,10 @@ def test_every_ablation_is_a_valid_recipe_and_no_two_are_equal(name: str) -> Non
     assert loaded[-1] == load_recipe(name)
     assert [step for step, _ in loaded[0].steps()] == ["quantize"]
     whole = dict(loaded[-1].steps())["quantize"]
-    assert all(dict(recipe.steps())["quantize"] == whole for recipe in loaded)
+    assert all(dict(recipe.steps())["quantize"] == whole for recipe in loaded[2:])
+    plain, searched = (dict(recipe.steps())["quantize"] for recipe in loaded[:2])
+    assert (plain.scale_search, searched.scale_search) == (False, True)
+    assert plain.model_copy(update={"scale_search": whole.scale_search}) == whole
 
 
 def test_sizes_are_counted_from_the_tensors(tiny_mamba: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mambacompress.bench.memory import PeakMemory, anonymous_bytes
 from mambacompress.errors import UserError
 from mambacompress.eval import Candidate, Report, evaluate, speed
 from mambacompress.models.families import adopt
@@ -148,9 +149,9 @@ def test_a_text_of_one_token_stops(pair: tuple[Candidate, Candidate]) -> None:
 
 
 def test_memory_is_sampled_where_the_system_tells() -> None:
-    if speed.anonymous_bytes() is None:
+    if anonymous_bytes() is None:
         pytest.skip("no /proc/self/status")
-    with speed.PeakMemory() as memory:
+    with PeakMemory() as memory:
         block = torch.ones(40 << 20, dtype=torch.uint8)
         block += 1
         start = memory.peak or 0
@@ -197,6 +198,6 @@ def test_a_fresh_process_measures_memory_too(tiny_mamba: Any, tmp_path: Path) ->
     tiny_mamba.save_pretrained(tmp_path)
     found = speed.in_fresh_process(tmp_path, prompt=8, steps=2, repeats=2)
     assert found.prefill > 0
-    if speed.anonymous_bytes() is not None:
+    if anonymous_bytes() is not None:
         assert found.peak_bytes is not None
         assert found.peak_bytes > 20 << 20

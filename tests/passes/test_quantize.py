@@ -13,7 +13,7 @@ from mambacompress.errors import UserError
 from mambacompress.models.heads import TransformedHead
 from mambacompress.models.modelmap import ModelMap, set_module
 from mambacompress.models.packed import PackedEmbedding, PackedHead, PackedLinear
-from mambacompress.numerics import quantize_activation, quantize_symmetric
+from mambacompress.numerics import quantize_activation, quantize_symmetric, sqnr_db
 from mambacompress.passes.observers import Moment, RowSample, inputs_of, percentile_of, watching
 from mambacompress.passes.quantize import Quantize, best_range, packed_bytes, round_weight
 from mambacompress.passes.rounding import Grid, searched_scales, widest_scales
@@ -73,6 +73,23 @@ def test_what_is_not_named_stays_the_very_same_float(make_host: Any) -> None:
     for name, value in before.items():
         if "in_proj" not in name:
             assert torch.equal(after[name], value), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_unpacked_matrices_are_halved_where_that_is_harmless(make_host: Any, kind: str) -> None:
+    model_map = adopted(make_host, kind)
+    run = calibration(model_map)
+    block = model_map.blocks[0]
+    block.mixer.conv.weight[0] = 1e6  # does not fit fp16
+    before = {name: value.clone() for name, value in block.module.state_dict().items()}
+    quantize(maps=("in_proj", "x_proj", "dt_proj", "out_proj"), rest="float16").apply_block(block, run)
+    halved = {name for name, value in block.module.state_dict().items() if value.dtype == torch.float16}
+    assert halved == ({"mixer.paths.0.A_log"} if kind == "mamba" else set())
+    for name in halved:
+        assert sqnr_db(before[name], block.module.state_dict()[name]) > 60
+    assert block.mixer.conv.weight.dtype == torch.float32
+    block.module(run.hidden[0])
 
 
 @torch.no_grad()
