@@ -96,6 +96,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, lacks: Sequence[st
     return "reference"
 
 
+def note(op: str, backend: str, reason: str) -> None:
+    """Record (and log once) a decision that was taken elsewhere: which backend runs an op, and why."""
+    _note(Choice(op, backend, reason))
+
+
 def chosen() -> list[Choice]:
     """Every distinct decision taken so far in this process, in order."""
     return list(_seen)

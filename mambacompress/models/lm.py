@@ -8,8 +8,11 @@ configuration says so, the very norm and head modules that a pass may have repla
     LanguageModel.prefill(ids) -> logits, states        LanguageModel.step(ids, states) -> logits, states
     stream(model, ids, n) -> one tensor of ids a step    generate(model, ids, n) -> ids
 
-Prefill and step are the same code. Sampling draws one uniform number a row and step from a seeded generator and inverts
-the cumulative distribution, so that a seed fixes the text. Legend: B batch, L tokens, D d_model, V vocabulary.
+Prefill and step are the same code, but for a single token, which takes all blocks in one native call where it can
+(``step.py``): with the same bits where the matrices are packed. Sampling draws one uniform number a row and step from a
+seeded generator and inverts the cumulative distribution, so that a seed fixes the text.
+
+Legend: B batch, L tokens, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,6 +28,15 @@ from mambacompress.models.families import adopt
 from mambacompress.models.families.base import Hosted
 from mambacompress.models.mixers import MixerState
 from mambacompress.models.modelmap import Block, ModelMap
+from mambacompress.models.packed import PackedHead
+from mambacompress.models.step import (
+    FusedBlocks,
+    NativeStates,
+    chosen,
+    native_states,
+    next_state,
+    obstacle,
+)
 
 States = list[MixerState]
 Sampler = Callable[[Tensor], Tensor]
@@ -35,6 +47,8 @@ class LanguageModel:
 
     def __init__(self, model_map: ModelMap) -> None:
         self.model_map = model_map
+        self._fused: FusedBlocks | None = None
+        self._begins = True  # the next fused step is the first of a sequence
 
     @classmethod
     def of(cls, model: Any) -> LanguageModel:
@@ -64,6 +78,12 @@ class LanguageModel:
         block.
         """
         h_BLD = self.model_map.embedding.module(ids_BL)
+        if states is not None and ids_BL.shape[1] == 1 and attention_mask is None and seq_idx is None:
+            stepped = self._step(h_BLD[:, 0], states)
+            if stepped is not None:
+                return self.logits(stepped[0][:, None]), stepped[1]
+        else:
+            self._begins = True
         new_states: States = []
         for i, block in enumerate(self.model_map.blocks):
             h_BLD, state = self._block(block, h_BLD, None if states is None else states[i], attention_mask, seq_idx)
@@ -77,21 +97,80 @@ class LanguageModel:
 
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Final norm and head on the residual [B, L, D]: fp32 (fp64 for an fp64 model)."""
-        head = self.model_map.head
-        x_BLD = self.model_map.final_norm(h_BLD)
-        logits_BLV = head.module(x_BLD.to(head.weight.dtype))
+        head = self.model_map.head.module
+        dtype = head.dtype if isinstance(head, PackedHead) else head.get_parameter("weight").dtype
+        logits_BLV = head(self.model_map.final_norm(h_BLD).to(dtype))
         return logits_BLV if logits_BLV.dtype == torch.float64 else logits_BLV.float()
 
     @staticmethod
     def _block(block: Block, h_BLD: Tensor, state: MixerState | None, mask: Tensor | None,
                seq_idx: Tensor | None) -> tuple[Tensor, MixerState]:
-        x_BLD = block.norm(h_BLD.to(block.norm.weight.dtype))  # type: ignore[arg-type]
+        norm = block.norm
+        x_BLD = norm(h_BLD.to(norm.weight.dtype))  # type: ignore[arg-type]
         if block.module.residual_in_fp32 and h_BLD.dtype != torch.float64:
             h_BLD = h_BLD.float()
         y_BLD, new_state = block.mixer.mix(x_BLD, state, mask, seq_idx)
         if new_state is None:
             raise TypeError(f"block {block.index} has no state: it is not causal")
         return h_BLD + y_BLD, new_state
+
+    # -- the fused step ----------------------------------------------------------------------------------------------
+
+    def _step(self, h_BD: Tensor, states: States) -> tuple[Tensor, States] | None:
+        """The blocks' decode step in one native call, into new states; None where it does not take this call."""
+        fused, old = self.fused(h_BD), native_states(states)
+        if fused is None or old is None:
+            return None
+        h_BD, new = h_BD.clone(memory_format=torch.contiguous_format), [next_state(state) for state in old]
+        fused.run(h_BD, NativeStates(old, new))
+        return h_BD, [MixerState(*state) for state in new]
+
+    def fused(self, h_BD: Tensor) -> FusedBlocks | None:
+        """The blocks as one native call for a residual like h; None where single ops must run (noted, with why)."""
+        why = obstacle(h_BD, len(h_BD))
+        if not why:
+            fused = self._fused
+            if fused is None or not fused.holds() or (self._begins and not fused.unchanged()):
+                fused = self._fused = self._fuse()
+            self._begins = False
+            why = fused.why
+        return self._fused if chosen(h_BD, why) else None
+
+    def _fuse(self) -> FusedBlocks:
+        modules = [block.module for block in self.model_map.blocks]
+        plans = [block.mixer.plans.get(block.mixer, block.norm, look=True) for block in self.model_map.blocks
+                 if isinstance(block.mixer, Hosted)]
+        return FusedBlocks(plans, modules)
+
+
+class Decoder:
+    """A sequence (or a batch of them) that is only ever continued: its states are its own, and overwritten.
+
+    states: what a prefill returned; they are not changed, but replaced by the first step.
+    """
+
+    def __init__(self, lm: LanguageModel, states: States) -> None:
+        self.lm, self.states = lm, states
+        self._native: NativeStates | None = None  # self.states, in place
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """One token a row: ids int64 [B] -> logits, fp32 [B, V]."""
+        lm = self.lm
+        h_BD = lm.model_map.embedding.module(ids_B)
+        fused = lm.fused(h_BD)
+        if fused is None or (self._native is None and native_states(self.states) is None):
+            self._native = None
+            logits_BV, self.states = lm.step(ids_B, self.states)
+            return logits_BV
+        h_BD = h_BD.clone(memory_format=torch.contiguous_format)
+        if self._native is None:
+            old = native_states(self.states) or []
+            new = [next_state(state) for state in old]
+            fused.run(h_BD, NativeStates(old, new))
+            self.states, self._native = [MixerState(*state) for state in new], NativeStates(new, new)
+        else:
+            fused.run(h_BD, self._native)
+        return lm.logits(h_BD[:, None])[:, 0]
 
 
 def stream(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int | None = None,
@@ -135,21 +214,26 @@ def _steps(lm: LanguageModel, input_ids: Tensor, count: int, sample: Sampler, en
            attention_mask: Tensor | None) -> Iterator[Tensor]:
     ids_BL = input_ids.to(lm.device)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(lm.device)
-    running_B = torch.ones(len(ids_BL), dtype=torch.bool, device=lm.device)
-    end_ids = torch.tensor(ends, dtype=torch.int64, device=lm.device)
-    states: States = []
+    end_ids = set(ends)
+    running = [True] * len(ids_BL)
+    decoder: Decoder | None = None
     ids_B = ids_BL[:, -1]
-    for i in range(count):
+    for _ in range(count):
         with torch.no_grad():
-            if i == 0:
+            if decoder is None:
                 logits_B1V, states = lm.prefill(ids_BL, mask, last_only=True)
-                logits_BV = logits_B1V[:, -1]
+                decoder, logits_BV = Decoder(lm, states), logits_B1V[:, -1]
             else:
-                logits_BV, states = lm.step(ids_B, states)
-            ids_B = torch.where(running_B, sample(logits_BV), pad)
-            running_B = running_B & ~torch.isin(ids_B, end_ids)
+                logits_BV = decoder.step(ids_B)
+            ids_B = sample(logits_BV)
+        if end_ids:
+            made = ids_B.tolist()
+            if not all(running):
+                made = [token if runs else pad for token, runs in zip(made, running, strict=True)]
+                ids_B = torch.tensor(made, dtype=torch.int64, device=lm.device)
+            running = [runs and token not in end_ids for token, runs in zip(made, running, strict=True)]
         yield ids_B
-        if not running_B.any():
+        if not any(running):
             return
 
 
@@ -217,4 +301,4 @@ def _check(lm: LanguageModel, ids: Tensor, count: int, temperature: float, top_k
                             "pad them on the left: tokenizer.padding_side = 'left'")
 
 
-__all__ = ["LanguageModel", "States", "generate", "stream"]
+__all__ = ["Decoder", "LanguageModel", "States", "generate", "stream"]

@@ -112,6 +112,21 @@ class Gate(nn.Module):
         return y_BLE * silu_scaled(z_BLE, self.scale)
 
 
+class RMSNorm(nn.Module):
+    """The norm in front of a mixer, on the kernel: x / sqrt(mean(x²) + variance_epsilon) * weight.
+
+    weight: [D], or [1, D] as an artifact stores that of the last norm.
+    """
+
+    def __init__(self, weight: nn.Parameter, variance_epsilon: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.variance_epsilon = variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.view(-1), self.variance_epsilon)
+
+
 class WeightlessNorm(nn.Module):
     """RMS norm without a weight (FalconMamba's norms on dt, B and C)."""
 

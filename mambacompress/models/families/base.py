@@ -1,4 +1,4 @@
-"""Adoption: a host's stock mixers replaced, on the instance, by ours holding the same parameters.
+"""Adoption: a host's stock mixers and norms replaced, on the instance, by ours holding the same parameters.
 
 A family says how its mixer is configured (``build``) and where each parameter sits in the stock layout (``names``;
 shapes that differ hold the same numbers in the same order, e.g. conv [E, 1, K] and [E, K]). From these follow adoption
@@ -25,6 +25,8 @@ from mambacompress.errors import UserError
 from mambacompress.models.exact import KeepDouble
 from mambacompress.models.mixers import Mixer, MixerState, S6Mixer, SSDMixer
 from mambacompress.models.modelmap import RESIDUAL, Block, ModelMap, Site, Stream, parameters_left_alone
+from mambacompress.models.paths import RMSNorm
+from mambacompress.models.step import NativeStates, Plans, chosen, native_states, obstacle
 
 
 class Hosted(Mixer):
@@ -35,8 +37,18 @@ class Hosted(Mixer):
 
     layer_idx: int
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plans = Plans()
+        self._begins = True  # the next fused step is the first of a sequence
+
     def forward(self, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None,
                 seq_idx: Tensor | None = None, **_: Any) -> Tensor:
+        if cache_params is not None and hidden_states.shape[1] == 1 and attention_mask is None and seq_idx is None:
+            y_BLD = self._step_in_place(hidden_states, cache_params)
+            if y_BLD is not None:
+                return y_BLD
+        self._begins = True
         state = None if cache_params is None else self._read(cache_params)
         if attention_mask is not None:
             attention_mask = attention_mask[:, -hidden_states.shape[1]:]
@@ -44,6 +56,25 @@ class Hosted(Mixer):
         if cache_params is not None and state is not None:
             self._write(cache_params, state)
         return y_BLD
+
+    def _step_in_place(self, x_B1D: Tensor, cache: Any) -> Tensor | None:
+        """One token by the fused step, the cache's own tensors moved on; None where it does not take this call."""
+        layer = cache.layers[self.layer_idx]
+        if layer.record_past or not layer.has_previous_state[0]:
+            return None
+        why = obstacle(x_B1D, len(x_B1D))
+        if not why:
+            plan = self.plans.get(self, look=self._begins)
+            self._begins = False
+            why = plan.why
+        if not chosen(x_B1D, why) or plan.step is None:
+            return None
+        states = native_states([MixerState(layer.conv_states[0][..., 1:].transpose(1, 2), layer.recurrent_states[0])])
+        if states is None:
+            return None
+        y_BD = x_B1D[:, 0].clone(memory_format=torch.contiguous_format)
+        plan.step.run(y_BD, NativeStates(states, states))
+        return y_BD[:, None]
 
     def _read(self, cache: Any) -> MixerState | None:
         layer = cache.layers[self.layer_idx]
@@ -82,6 +113,10 @@ class Family:
         """An empty stock mixer."""
         raise TypeError(f"{type(self).__name__} does not say what its stock mixer is")
 
+    def stock_norm(self) -> type[nn.Module]:
+        """The class of the host's norms, made from a size and eps, with ``weight`` and ``variance_epsilon``."""
+        raise TypeError(f"{type(self).__name__} does not say what its stock norm is")
+
     def shrink(self, config: Any) -> Any:
         """A small configuration with the same switches, for the proof."""
         raise TypeError(f"{type(self).__name__} does not say how its configuration shrinks")
@@ -101,6 +136,21 @@ class Family:
             raise UserError(f"layer {layer_idx}: the mixer {type(stock).__name__} has parameters this version does not "
                             f"know: {', '.join(sorted(remaining))}", "report the model; nothing was changed")
         return ours
+
+    def adopt_norm(self, stock: nn.Module) -> nn.Module:
+        """Our norm on the same weight; a module that is no stock norm stays."""
+        if type(stock) is not self.stock_norm():
+            return stock
+        return RMSNorm(stock.weight, stock.variance_epsilon).train(stock.training)  # type: ignore[arg-type]
+
+    def restore_norm(self, ours: nn.Module) -> nn.Module:
+        """The stock norm on the same weight."""
+        if not isinstance(ours, RMSNorm):
+            return ours
+        with torch.device("meta"):
+            stock = self.stock_norm()(ours.weight.numel(), eps=ours.variance_epsilon)
+        stock.weight = ours.weight
+        return stock.train(ours.training)
 
     def restore_mixer(self, ours: Hosted, config: Any) -> nn.Module:
         with torch.device("meta"):
@@ -154,6 +204,7 @@ class Family:
         worst = 0.0
         with torch.random.fork_rng(devices=[]), torch.no_grad(), KeepDouble(), _quiet():
             torch.manual_seed(0)
+            self._prove_norm(small.hidden_size)
             for layer_idx in range(2):
                 stock = self.stock_mixer(small, layer_idx)
                 _randomise(stock)
@@ -179,6 +230,15 @@ class Family:
                     worst = max(worst, difference)
         return worst
 
+    def _prove_norm(self, size: int) -> None:
+        stock = self.stock_norm()(size, eps=1e-2).double()
+        _randomise(stock)
+        x_LD = torch.randn(5, size, dtype=torch.float64)
+        difference = (self.adopt_norm(stock)(x_LD) - stock(x_LD)).abs().max().item()
+        if not difference < 1e-9:
+            raise UserError(f"our RMS norm and {type(stock).__name__} differ by {difference:.1e}: this version of "
+                            "transformers computes something else", "report the model and the version")
+
     def check_real(self, stock: nn.Module, ours: Hosted) -> None:
         """The first real mixer must agree with ours on its real weights."""
         weight = ours.get_parameter("in_proj.weight")
@@ -196,7 +256,7 @@ class Family:
 
 
 def adopt_host(family: Family, host: Any, *, prove: bool = True) -> ModelMap:
-    """Replace every stock mixer of ``host`` in place; a host already adopted is only mapped."""
+    """Replace every stock mixer and norm of ``host`` in place; a host already adopted is only mapped."""
     layers = host.backbone.layers
     if not isinstance(layers[0].mixer, Hosted):
         if prove:
@@ -204,15 +264,18 @@ def adopt_host(family: Family, host: Any, *, prove: bool = True) -> ModelMap:
         adopted = [family.adopt_mixer(layer.mixer, host.config, i) for i, layer in enumerate(layers)]
         family.check_real(layers[0].mixer, adopted[0])
         for layer, ours in zip(layers, adopted, strict=True):
-            layer.mixer = ours
+            layer.mixer, layer.norm = ours, family.adopt_norm(layer.norm)
+        host.backbone.norm_f = family.adopt_norm(host.backbone.norm_f)
     return family.model_map(host)
 
 
 def restore_host(family: Family, host: Any) -> Any:
-    """Put stock mixers back, bit for bit; returns the host."""
+    """Put stock mixers and norms back, bit for bit; returns the host."""
     for layer in host.backbone.layers:
         if isinstance(layer.mixer, Hosted):
             layer.mixer = family.restore_mixer(layer.mixer, host.config)
+        layer.norm = family.restore_norm(layer.norm)
+    host.backbone.norm_f = family.restore_norm(host.backbone.norm_f)
     return host
 
 

@@ -24,5 +24,10 @@ class FalconMambaFamily(Family):
 
         return FalconMambaMixer(config, layer_idx, initialize_mixer_weights=False)
 
+    def stock_norm(self) -> type[nn.Module]:
+        from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaRMSNorm
+
+        return FalconMambaRMSNorm
+
     def shrink(self, config: Any) -> Any:
         return shrink_s6(config)

@@ -39,6 +39,11 @@ class MambaFamily(Family):
 
         return MambaMixer(config, layer_idx, initialize_mixer_weights=False)
 
+    def stock_norm(self) -> type[nn.Module]:
+        from transformers.models.mamba.modeling_mamba import MambaRMSNorm
+
+        return MambaRMSNorm
+
     def shrink(self, config: Any) -> Any:
         return shrink_s6(config)
 

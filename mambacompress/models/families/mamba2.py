@@ -41,6 +41,11 @@ class Mamba2Family(Family):
 
         return Mamba2Mixer(config, layer_idx, initialize_mixer_weights=False)
 
+    def stock_norm(self) -> type[nn.Module]:
+        from transformers.models.mamba2.modeling_mamba2 import Mamba2RMSNorm
+
+        return Mamba2RMSNorm
+
     def shrink(self, config: Any) -> Any:
         groups = min(config.n_groups, 2)
         config.n_groups, config.num_heads, config.head_dim = groups, 2 * groups, 4
