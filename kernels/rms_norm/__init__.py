@@ -5,6 +5,8 @@ Legend: D channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,39 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     """
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, the input {tuple(x.shape)}")
-    if _native("rms_norm", x, weight):
-        return rms_norm_native(x, None, weight, eps, x.shape[-1])
-    return rms_norm_reference(x, weight, eps)
+    if not _chosen("rms_norm", x, weight):
+        return rms_norm_reference(x, weight, eps)
+    return (_run if native.runs_directly(x, weight) else _op)(x, weight, eps)
+
+
+def _run(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return rms_norm_native(x, None, weight, eps, x.shape[-1])
+
+
+_op = torch.library.custom_op("mambacompress::rms_norm", _run, mutates_args=(), device_types="cpu")
+
+
+@_op.register_fake
+def _fake(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x.new_empty(x.shape, dtype=x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    """With n = x r, r = 1 / sqrt(mean(x²) + eps), g = dy weight: dx = r (g - n mean(g n)), dweight = sum(dy n)."""
+    x, weight = ctx.saved_tensors
+    wide, dy = x.float(), dy.float()
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+    n, g = wide * r, dy if weight is None else dy * weight.float()
+    dx = (r * (g - n * (g * n).mean(-1, keepdim=True))).to(x.dtype)
+    return dx, None if weight is None else (dy * n).flatten(0, -2).sum(0).to(weight.dtype), None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
@@ -41,8 +73,10 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size:
 
 def _native(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Whether native code runs this call. With gradients the reference does: its backward is torch's own."""
-    if not native.runs_directly(x, *others):
-        return False
+    return native.runs_directly(x, *others) and _chosen(op, x, *others)
+
+
+def _chosen(op: str, x: Tensor, *others: Tensor | None) -> bool:
     foreign = [other for other in others if other is not None and (other.device != x.device or not known(other))]
     return registry.choose(op, x.device, x.dtype, ["a weight of another kind"] if foreign else []) == "native"
 

@@ -135,3 +135,18 @@ def test_strides_and_refusals() -> None:
 def test_check() -> None:
     found, tolerance = check()
     assert found <= tolerance
+
+
+@needs_native
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gradients_of_the_native_norm(weighted: bool) -> None:
+    """The forward with a gradient is the one without, bit for bit; the gradients are the formula's."""
+    x, weight = torch.randn(3, 5, 40), torch.rand(40) if weighted else None
+    leaves = [t.clone().requires_grad_() for t in (x, weight) if t is not None]
+    y = rms_norm(leaves[0], leaves[1] if weighted else None)
+    assert torch.equal(y.detach(), rms_norm(x, weight))
+    dy = torch.randn_like(y)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = torch.autograd.grad(rms_norm_reference(exact[0], exact[1] if weighted else None), exact, dy.double())
+    for got, want in zip(torch.autograd.grad(y, leaves, dy), expected, strict=True):
+        assert error(got, want) < 1e-6
