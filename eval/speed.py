@@ -19,7 +19,6 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,52 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambacompress.bench.memory import PeakMemory
 from mambacompress.errors import UserError
 from mambacompress.eval.environment import backend
 from mambacompress.eval.schema import Speed
 
-_STATUS = Path("/proc/self/status")
 _CHILD = """
 import json, sys
 from mambacompress.eval import speed
 wanted = json.loads(sys.argv[1])
 print("\\n" + json.dumps(speed.child(wanted)))
 """
-
-
-class PeakMemory:
-    """Context manager that samples this process's RssAnon every 5 ms; ``peak`` is None where the system does not
-    tell.
-    """
-
-    def __init__(self) -> None:
-        self.start = self.peak = anonymous_bytes()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> PeakMemory:
-        if self.peak is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.005):
-            self.peak = max(self.peak or 0, anonymous_bytes() or 0)
-
-
-def anonymous_bytes() -> int | None:
-    """RssAnon of this process, None where /proc does not tell."""
-    if not _STATUS.is_file():
-        return None
-    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 @torch.inference_mode()

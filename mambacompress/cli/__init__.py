@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mambacompress.cli import demo, doctor, evaluate, generate, inspect, quantize, report, verify
+from mambacompress.cli import bench, demo, doctor, evaluate, generate, inspect, quantize, report, verify
 from mambacompress.cli.command import Command, Greedy
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ def options(
 app.command("quantize", cls=Greedy)(quantize.quantize)
 app.command("inspect", cls=Command)(inspect.inspect)
 app.command("evaluate", cls=Greedy)(evaluate.evaluate)
+app.command("bench", cls=Command)(bench.bench)
 app.command("report", cls=Command)(report.report)
 app.command("generate", cls=Command)(generate.generate)
 app.command("verify", cls=Command)(verify.verify)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from mambacompress.api import Compressed
+    from mambacompress.bench import Result
     from mambacompress.kernels.registry import CheckResult
     from mambacompress.passes.base import Plan
 
@@ -163,3 +164,18 @@ def checks(results: Iterable[CheckResult]) -> None:
             )
         )
     _console().print(table)
+
+
+def speeds(result: Result) -> None:
+    """A benchmark: a line a contestant and thread count, then who is missing and how to read it."""
+    console = _console()
+    head = result.columns()
+    table = _table("", *head)
+    for column in table.columns[2:]:
+        column.justify = "right"
+        column.no_wrap = True
+    for cells in result.rows():
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    for remark in result.remarks():
+        console.print(Text(remark))
