@@ -33,7 +33,7 @@ class BlockState(NamedTuple):
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear: fp32 weight [O, I]; int8 [O, I] with scale [O]; or uint8 [O, I/2], scale (and zero) [O, I/group_size].
+    """A linear: fp32 weight [O, I]; int8 [O, I] with scale [O]; or uint8 [O, I/2] with scale [O] or [O, I/group_size].
 
     The rest as in int8_linear and int4_linear.
     """
@@ -158,8 +158,9 @@ def _linear(x: Tensor, matrix: Matrix) -> Tensor:
     if scale is None:
         return F.linear(x, weight, matrix.bias)
     if weight.dtype == torch.uint8:
-        return int4_linear(x, weight, scale, matrix.zero, matrix.bias, group_size=matrix.group_size or matrix.inputs,
-                           activation=matrix.activation, act_scale=matrix.act_scale, act_bits=matrix.act_bits)
+        return int4_linear(x, weight, scale.reshape(len(weight), -1), matrix.zero, matrix.bias,
+                           group_size=matrix.group_size or matrix.inputs, activation=matrix.activation,
+                           act_scale=matrix.act_scale, act_bits=matrix.act_bits)
     return int8_linear(x, weight, scale, matrix.bias, activation=matrix.activation, act_scale=matrix.act_scale,
                        act_bits=matrix.act_bits)
 
