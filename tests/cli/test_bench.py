@@ -48,7 +48,7 @@ def complete(row: dict[str, Any], *measures: str) -> None:
 
 
 def test_the_command_from_end_to_end(model_directory: Any, tmp_path: Path) -> None:
-    """An original and its artifact against transformers; the unknown rest of the table's figures are files and text."""
+    """An original and its artifact against transformers, to the table and the files."""
     original = model_directory("mamba")
     tokens = torch.randint(1, 97, (2, 16))
     mc.quantize(original, "rtn-w8a8", calibration=tokens, out=tmp_path / "packed",
@@ -94,7 +94,22 @@ def test_llama_cpp_takes_part(kind: str, model_directory: Any) -> None:
     assert result.document["reference"] == "llama.cpp Q8_0"
 
 
-def test_two_originals_and_an_artifact_alone_have_no_peers(model_directory: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+@openvino
+def test_openvino_takes_part(kind: str, model_directory: Any) -> None:
+    """A step graph of our own writing: it decodes, and reads no prompt in one call."""
+    grouped = {"mamba": {}, "mamba2": {"n_groups": 2}}[kind]
+    result = bench([model_directory(kind, **(WIDE[kind] | grouped))], peers=["openvino"], **QUICK)
+    rows = named(result)
+    for name, least in (("OpenVINO int8", 0.999), ("OpenVINO int4", 0.9)):
+        complete(rows[name], "decode", "batch_decode")
+        assert rows[name]["likeness"]["cosine"] > least
+    assert rows["OpenVINO int4"]["files"] > 0
+    assert result.document["reference"] == "OpenVINO int8"
+    assert result.ratio(1, f"tiny-{kind} fp32", "OpenVINO int8", "prefill") is None
+
+
+def test_without_an_original_there_are_no_peers(model_directory: Any, tmp_path: Path) -> None:
     original = model_directory("mamba")
     mc.quantize(original, "rtn-w8a8", calibration=torch.randint(1, 97, (2, 16)), out=tmp_path / "packed",
                 overrides=["checks.max_perplexity_ratio=null"])
