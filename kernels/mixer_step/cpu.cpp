@@ -76,6 +76,7 @@ struct Step {
 
 constexpr int64_t MAX_WIDTH = 16;
 constexpr int STAGES = 8;  // counters of a block
+constexpr int64_t AHEAD_CHANNELS = 128;  // of the scan's state and decay, on their way from memory
 
 }  // namespace
 
@@ -106,7 +107,8 @@ struct Sizes {
             size = std::max(size, k.size), in = std::max(in, k.in.outputs), conv = std::max(conv, k.conv_channels());
             x = std::max(x, k.x.outputs), channels = std::max(channels, k.channels), states = std::max(states, k.states);
             if (k.ssd) head_rows = std::max(head_rows, k.channels / k.heads);
-            for (const Matrix* m : {&k.in, &k.x, &k.dt, &k.out}) inputs = std::max(inputs, m->inputs), groups = std::max(groups, m->groups);
+            for (const Matrix* m : {&k.in, &k.x, &k.dt, &k.out})
+                inputs = std::max(inputs, m->inputs), groups = std::max(groups, m->groups);
         }
     }
 };
@@ -133,12 +135,12 @@ struct Ready {
 // What a thread needs for itself.
 struct Worker {
     Workspace work;
-    Scratch<float> row, row2, states;  // states: [2 + 2][N][W] of Mamba-1, or a head's of Mamba-2
+    Scratch<float> row, row2, states;  // states: decay and state of W channels of Mamba-1, or B, C and a head of Mamba-2
     Scratch<int8_t> natural;
 
     explicit Worker(const Sizes& s)
-        : work(s.inputs, s.groups), row(size_t(std::max(s.inputs, s.size) + 2 * W)), row2(size_t(std::max(s.inputs, s.size) + 2 * W)),
-          states(size_t(std::max(4 * s.states * W, (s.head_rows + 2) * (s.states + W)))), natural(size_t(s.inputs + 128)) {}
+        : work(s.inputs, s.groups), row(size_t(s.inputs + W)), row2(size_t(s.inputs + W)),
+          states(size_t(std::max(3 * s.states * W, (s.head_rows + 2) * (s.states + W)))), natural(size_t(s.inputs + 128)) {}
 };
 
 // One thread on its way through the blocks.
@@ -206,7 +208,8 @@ struct Walker {
         for (int64_t c = first; c < last; c += W) {
             const int count = int(std::min<int64_t>(W, last - c));
             V window[MAX_WIDTH], taps[MAX_WIDTH];
-            for (int64_t t = 0; t < old; ++t) window[t] = gather_part(from + t * s.conv_from_token + c * s.conv_from_channel, s.conv_from_channel, count);
+            for (int64_t t = 0; t < old; ++t)
+                window[t] = gather_part(from + t * s.conv_from_token + c * s.conv_from_channel, s.conv_from_channel, count);
             window[old] = load_part(x + c, count);
             load_taps(k.conv + c * K, K, count, taps);
             V y = k.conv_bias ? load_part(k.conv_bias + c, count) : zero();
@@ -249,6 +252,12 @@ struct Walker {
         for (int64_t t = 0; t < K; ++t) taps[t] = gather_part(weight + t, K, count);
     }
 
+    // Asks the cache for channels [first, last) of `rows` rows, `step` floats apart, ahead of their use.
+    static MC_INLINE void fetch(const float* at, int64_t step, int64_t rows, int64_t first, int64_t last, int64_t end) {
+        for (int64_t c = first; c < std::min(last, end); c += 16)
+            for (int64_t n = 0; n < rows; ++n) __builtin_prefetch(at + n * step + c);
+    }
+
     // Channels [first, last) of one group of row m: the step of the scan, D, and the gate.
     void scan(const Block& k, const State& s, int64_t m, int64_t group, int64_t first, int64_t last, const float* low) {
         const int64_t E = k.channels, N = k.states;
@@ -256,6 +265,8 @@ struct Walker {
         const float *B = low + k.rank + group * N, *C = B + k.groups * N;
         float *decay_part = mine.states.get(), *from_part = decay_part + N * W, *to_part = from_part + N * W;
         const bool restart[1] = {false};
+        if (m == 0) fetch(k.decay, E, N, first + AHEAD_CHANNELS, last + AHEAD_CHANNELS, E);
+        if (s.from_states_first) fetch(s.from + m * E * N, E, N, first + AHEAD_CHANNELS, last + AHEAD_CHANNELS, E);
         for (int64_t c = first; c < last; c += W) {
             const int count = int(std::min<int64_t>(W, last - c));
             const bool whole = count == W;
@@ -424,10 +435,10 @@ struct Walker {
     }
 };
 
-// Threads that pay for a model of blocks this size: a barrier takes as long as reading some tens of kilobytes.
+// Threads that pay for blocks of this size: a block's barriers take as long as reading some hundred kilobytes of weights.
 int worthwhile(const Step& p, const Sizes& s) {
     const int64_t work = s.size * s.in + s.channels * s.size;
-    return int(std::max<int64_t>(1, std::min(p.threads, work >> 16)));
+    return int(std::max<int64_t>(1, std::min(p.threads, work >> 18)));
 }
 
 void mixer_step(const Step& p) {

@@ -1,7 +1,7 @@
 """The native decode step: descriptions of blocks and states as cpu.cpp reads them.
 
-A description is filled once; a step packs three numbers and three addresses. Addresses are kept, not tensors copied:
-whoever holds a ``NativeBlock`` asks it whether its tensors still lie where they lay.
+A description is filled once and keeps the tensors it points to; a step packs three numbers and three addresses. Whether
+the model still consists of these tensors is for the caller to know.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class NativeBlock:
         channels, states = block.A.shape
         self._decay = self.decay(block.A)
         eps = block.inner_eps
-        return (0, len(self._weight(block.out_proj)), channels, states, block.groups, block.conv.weight.shape[1],
+        return (0, len(block.out_proj.weight), channels, states, block.groups, block.conv.weight.shape[1],
                 block.conv.activation, block.dt_proj.inputs, 0, eps is not None, block.norm_eps, eps or 0.0, 0.0, 0.0,
                 self._at(block.norm), *self._conv(block.conv), self._decay.data_ptr(), self._at(block.D),
                 self._at(block.dt_bias), self._at(block.gate_scale), 0, *self._matrix(block.in_proj),
@@ -82,7 +82,7 @@ class NativeBlock:
                 *self._rotation(block.x_rotation), *self._rotation(block.out_rotation))
 
     def _ssd(self, block: SSDBlock) -> tuple[Any, ...]:
-        return (1, len(self._weight(block.out_proj)), len(block.gated_norm), block.states, block.groups,
+        return (1, len(block.out_proj.weight), len(block.gated_norm), block.states, block.groups,
                 block.conv.weight.shape[1], block.conv.activation, 0, len(block.A), 0, block.norm_eps, block.gated_eps,
                 *block.dt_limit, self._at(block.norm), *self._conv(block.conv), self._at(block.A), self._at(block.D),
                 self._at(block.dt_bias), 0, self._at(block.gated_norm), *self._matrix(block.in_proj), *_NO_MATRIX,
@@ -98,10 +98,6 @@ class NativeBlock:
             return 0
         self._held.append(tensor)
         return tensor.data_ptr()
-
-    @staticmethod
-    def _weight(matrix: Matrix) -> Tensor:
-        return matrix.weight
 
     def _conv(self, conv: Conv) -> tuple[int, int, int]:
         return self._at(conv.weight), self._at(conv.bias), self._at(conv.act_scale)

@@ -65,8 +65,7 @@ class Watch:
         self._owners: list[Any] = [owner for owner, _ in places]
         self._names = [name for _, name in places]
         self._values = [owner[name] for owner, name in places]
-        self._tables = [*self.hooks, *(table for m in modules
-                                       for table in (m.__dict__, m._modules, m._parameters, m._buffers))]
+        self._tables = [*self.hooks, *(m.__dict__ for m in modules)]  # None that becomes a module leaves __dict__
         self._sizes = list(map(len, self._tables))
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))

@@ -187,9 +187,9 @@ def test_float_blocks(level: str, batch: int) -> None:
 @pytest.mark.parametrize("form", ["fp32", "int8", "int4-g64", "w4a16"])
 @torch.no_grad()
 def test_two_threads_give_the_same_bits(threads: Callable[[int], None], form: str) -> None:
-    blocks = [s6_block(form, D=256, E=512, N=16, R=16, rotated=False), ssd_block(form, D=256, H=8, P=64, N=32)]
+    blocks = [s6_block(form, D=384, E=768, N=16, R=16), ssd_block(form, D=384, H=12, P=64, N=32)]
     for batch in (1, 3, 8):
-        h, states = torch.randn(batch, 256), states_of(blocks, batch)
+        h, states = torch.randn(batch, 384), states_of(blocks, batch)
         results = []
         for count in (1, 2, 3):
             threads(count)

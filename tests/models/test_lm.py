@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambacompress.errors import UserError
 from mambacompress.models.families import adopt
-from mambacompress.models.lm import LanguageModel, generate, stream
+from mambacompress.models.lm import LanguageModel, _greedy, generate, stream
 from mambacompress.models.mixers import MixerState
 
 KINDS = ["mamba", "mamba2", "falcon_mamba"]
@@ -241,3 +241,10 @@ def test_what_cannot_work_is_said_before_the_first_step(make_lm: Callable[..., L
 def test_a_stock_model_is_refused(tiny_mamba: Any) -> None:
     with pytest.raises(UserError, match="does not run on our mixers"):
         generate(tiny_mamba, ids(1, 3), 2)
+
+
+def test_greedy_is_torchs_argmax() -> None:
+    logits = torch.randn(3, 501)
+    logits[0, 7] = logits[0, 400] = 9.0  # the first of equals
+    logits[1, 300] = logits[1, 30] = float("nan")
+    assert torch.equal(_greedy(logits), logits.argmax(-1))
