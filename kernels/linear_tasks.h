@@ -140,7 +140,7 @@ static inline void linear(const Linear& p, Weights weights) {
     const Tasks tasks(p, weights);
     Rows rows(p.rows, p.inputs, p.groups, !tasks.floats(), tasks.floats());
     tasks.shape_rows(rows);
-    int threads = int(std::min<int64_t>(p.threads, ceil_div(p.rows, 8)));
+    [[maybe_unused]] int threads = int(std::min<int64_t>(p.threads, ceil_div(p.rows, 8)));  // unused without OpenMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Scratch<float> row{size_t(p.inputs + W)};
