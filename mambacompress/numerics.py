@@ -1,19 +1,24 @@
-"""Rounding, scales and packing: pure tensor functions, no modules.
+"""Rounding, scales and packing: pure tensor functions and the grid they round to, no modules.
 
-Weights: codes in ±(2^(bits-1) - 1), one scale a row or a group of a row, rounded half to even; w ≈ code * scale.
-Asymmetric 4-bit weights use all sixteen codes and a zero point a group: w ≈ (code - zero) * scale. A scale is rounded
-to the dtype it is stored in *before* any code is chosen. It may be the one that clips nothing, or the one of least
-weighted squared error.
+Weights: w ≈ code · scale, one scale a row or a group of a row. 8 bits: |code| ≤ 127. 4 bits: codes from -8 to 7; the
+one code more below zero is not wasted, as the *sign* of a scale points it at the group's largest weight, so that steps
+are an eighth of that weight, not a seventh: 18 % less squared error for Gaussian weights, at no cost in bytes or time.
+A scale is rounded to what the artifact stores *before* anything is rounded to it, so that codes · scale is the stored
+weight exactly. Asymmetric 4-bit weights have a zero point a group instead: w ≈ (code - zero) · scale.
+
+The clipping search minimises Σ_i m_i (w_i - q_i s)², m the mean square of input channel i: the expected error of the
+linear's output where inputs are uncorrelated. It only ever shrinks the scale (some values clip, all others are finer),
+so the largest code stays at the end of the grid and rounding the result again changes nothing.
 
 Activations round as the kernels do (``quantize_activation`` *is* their rounding), and the straight-through
 ``fake_quantize`` functions let training see exactly what the packed model will compute.
 
-Legend: O rows (outputs), I columns (inputs), G groups, g group size.
+Legend: O rows (outputs), I columns (inputs), G groups a row, g columns a group.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,94 +29,111 @@ from mambacompress.kernels.int8_linear import quantize_rows
 
 NIBBLE_OFFSET = 8  # 4-bit codes -8..7 are stored as 0..15
 
-
-def limit(bits: int) -> int:
-    """The largest code: 127 for 8 bits, 7 for 4."""
-    return (1 << (bits - 1)) - 1
-
-
-def round_half_even(x: Tensor) -> Tensor:
-    """The nearest whole number, ties to the even one; floats stay floats."""
-    return torch.round(x)
+#: Scales tried by the search, as shares of the one that clips nothing.
+SHRINKS = tuple(1.0 - step / 50 for step in range(26))
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 
-def grouped(weight_OI: Tensor, group_size: int | None) -> Tensor:
-    """[O, I] -> [O, I/g, g]. Raises ValueError where the group does not divide the row."""
-    rows, columns = weight_OI.shape
-    group = columns if group_size is None else group_size
-    if group < 1 or columns % group:
-        raise ValueError(f"groups of {group} do not divide the {columns} columns of a [{rows}, {columns}] weight")
-    return weight_OI.unflatten(1, (columns // group, group))
+@dataclass(frozen=True)
+class Grid:
+    """The integers a weight is rounded to. bits: 4 or 8. group_size: columns a scale, None: one scale a row."""
+
+    bits: int
+    group_size: int | None = None
+
+    @property
+    def lowest(self) -> int:
+        return -127 if self.bits == 8 else -8
+
+    @property
+    def highest(self) -> int:
+        return 127 if self.bits == 8 else 7
+
+    @property
+    def described(self) -> str:
+        return "per row" if self.group_size is None else f"groups of {self.group_size}"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What a scale is stored in: fp16 at 4 bits, fp32 at 8, where a row has but one."""
+        return torch.float16 if self.bits == 4 else torch.float32
+
+    def grouped(self, w_OI: Tensor) -> Tensor:
+        """View [O, G, g]. Raises ValueError where groups do not divide the row."""
+        group = self.group_size or w_OI.shape[1]
+        if w_OI.shape[1] % group:
+            raise ValueError(f"groups of {group} do not divide the {w_OI.shape[1]} columns of a "
+                             f"[{w_OI.shape[0]}, {w_OI.shape[1]}] weight")
+        return w_OI.unflatten(1, (-1, group))
+
+    def storable(self, scales_OG: Tensor) -> Tensor:
+        """The nearest scales the artifact can hold, as fp32; zero becomes the smallest normal number."""
+        limits = torch.finfo(self.scale_dtype)
+        magnitude_OG = scales_OG.abs().clamp(limits.smallest_normal, limits.max)
+        return torch.where(scales_OG < 0, -magnitude_OG, magnitude_OG).to(self.scale_dtype).float()
+
+    def round(self, w_OI: Tensor, scales_OG: Tensor) -> Tensor:
+        """Codes [O, I] int8, ties to even."""
+        codes_OGg = torch.round(self.grouped(w_OI) / scales_OG[..., None].to(w_OI.dtype))
+        return codes_OGg.clamp(self.lowest, self.highest).to(torch.int8).flatten(1)
+
+    def dequantize(self, codes_OI: Tensor, scales_OG: Tensor) -> Tensor:
+        """codes · scale, [O, I] in the scales' dtype."""
+        return (self.grouped(codes_OI.to(scales_OG.dtype)) * scales_OG[..., None]).flatten(1)
 
 
-def absmax_scale(weight_OGg: Tensor, bits: int) -> Tensor:
-    """The scale [O, G] that clips nothing; 1 for a row of zeros."""
-    scale = weight_OGg.abs().amax(-1) / limit(bits)
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+def widest_scales(w_OI: Tensor, grid: Grid) -> Tensor:
+    """Scales fp32 [O, G] at which nothing clips: the largest magnitude becomes the lowest code."""
+    grouped_OGg = grid.grouped(w_OI)
+    place_OG1 = grouped_OGg.abs().argmax(-1, keepdim=True)
+    peak_OG = grouped_OGg.gather(-1, place_OG1)[..., 0]
+    peak_OG = torch.where(peak_OG == 0, torch.full_like(peak_OG, grid.lowest), peak_OG)  # a group of zeros: any scale
+    return grid.storable(peak_OG / grid.lowest if grid.bits == 4 else peak_OG.abs() / grid.highest)
 
 
-def searched_scale(weight_OGg: Tensor, bits: int, importance_Gg: Tensor | None = None, steps: int = 40,
-                   lowest: float = 0.5) -> Tensor:
-    """The scale [O, G] that minimises Σ importance · (w - ŵ)² over clips from ``lowest`` to 1 of the largest value."""
-    full = absmax_scale(weight_OGg, bits)
-    best = full.clone()
-    best_error = torch.full_like(full, torch.inf)
-    for shrink in torch.linspace(1.0, lowest, steps).tolist():
-        scale = full * shrink
-        wrong = (round_to(weight_OGg, scale, bits) * scale[..., None] - weight_OGg).square()
-        error = (wrong if importance_Gg is None else wrong * importance_Gg).sum(-1)
-        better = error < best_error
-        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
-    return best
-
-
-def round_to(weight_OGg: Tensor, scale_OG: Tensor, bits: int) -> Tensor:
-    """Codes (as floats) of the nearest multiples of the scale, clamped."""
-    top = limit(bits)
-    return torch.clamp(round_half_even(weight_OGg / scale_OG[..., None]), -top, top)
-
-
-def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale rounded to the dtype it is stored in, never to zero. Raises ValueError where it is too large for it."""
-    if scale.numel() and float(scale.max()) > torch.finfo(dtype).max:
-        raise ValueError(f"a scale of {float(scale.max()):.3g} does not fit {str(dtype).removeprefix('torch.')}: the "
-                         "weight is too large")
-    return scale.clamp_min(torch.finfo(dtype).tiny).to(dtype)
-
-
-def quantize_symmetric(weight_OI: Tensor, bits: int, group_size: int | None = None, *, search: bool = False,
-                       importance_I: Tensor | None = None,
-                       scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """(codes int8 [O, I], scale [O] or, with groups, [O, I/g]).
-
-    search: look for the clip of least error, weighted by ``importance`` [I] (the inputs' mean square). scale_dtype: the
-    scale is rounded to it *before* the codes are chosen. Raises ValueError for NaN or Inf, or groups that do not
-    divide.
+def searched_scales(w_OI: Tensor, grid: Grid, mean_square_I: Tensor | None = None) -> Tensor:
+    """Scales fp32 [O, G] of least weighted error among ``SHRINKS``; ``mean_square_I`` None weighs all channels alike.
     """
-    weight_OGg = grouped(_checked(weight_OI), group_size)
-    importance = None if importance_I is None else grouped(importance_I[None].to(weight_OGg.dtype), group_size)[0]
-    scale = searched_scale(weight_OGg, bits, importance) if search else absmax_scale(weight_OGg, bits)
-    scale = storable(scale, scale_dtype)
-    codes = round_to(weight_OGg, scale.to(weight_OGg.dtype), bits).flatten(1).to(torch.int8)
-    return codes, scale if group_size is not None else scale[:, 0]
+    widest_OG = widest_scales(w_OI, grid).to(w_OI.dtype)
+    grouped_OGg = grid.grouped(w_OI)
+    weight_1Gg = None if mean_square_I is None else grid.grouped(mean_square_I[None].to(w_OI))
+    best_OG, least_OG = widest_OG.float(), torch.full_like(widest_OG, float("inf"))
+    for shrink in SHRINKS:
+        scales_OG = grid.storable(widest_OG * shrink)
+        wide_OG1 = scales_OG[..., None].to(w_OI.dtype)
+        rounded_OGg = torch.round(grouped_OGg / wide_OG1).clamp_(grid.lowest, grid.highest) * wide_OG1
+        wrong_OGg = (rounded_OGg - grouped_OGg).square()
+        error_OG = (wrong_OGg if weight_1Gg is None else wrong_OGg * weight_1Gg).sum(-1)
+        better_OG = error_OG < least_OG
+        best_OG = torch.where(better_OG, scales_OG, best_OG)
+        least_OG = torch.where(better_OG, error_OG, least_OG)
+    return best_OG
 
 
-def quantize_asymmetric(weight_OI: Tensor, group_size: int | None = None, *,
-                        scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """4 bits: (codes int8 [O, I] in -8..7, scale [O, G], zero int8 [O, G] in -8..7), w ≈ (code - zero) * scale.
+def round_to_nearest(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(codes int8 [O, I], scales fp32 [O, G] as stored), nothing clipped.
 
-    The range of a group is widened to hold 0, so that 0 is exact. Raises ValueError as ``quantize_symmetric`` does.
+    Raises ValueError for NaN or Inf, or groups that do not divide.
     """
-    weight_OGg = grouped(_checked(weight_OI), group_size)
+    weight_OI = _checked(weight_OI)
+    scales_OG = widest_scales(weight_OI, grid)
+    return grid.round(weight_OI, scales_OG), scales_OG
+
+
+def quantize_asymmetric(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """4 bits: (codes int8 [O, I] in -8..7, scales fp32 [O, G], zero int8 [O, G] in -8..7), w ≈ (code - zero) * scale.
+
+    The range of a group is widened to hold 0, so that 0 is exact. Raises ValueError as ``round_to_nearest`` does.
+    """
+    weight_OGg = grid.grouped(_checked(weight_OI))
     low, high = weight_OGg.amin(-1).clamp(max=0), weight_OGg.amax(-1).clamp(min=0)
     span = (high - low) / 15
-    scale = storable(torch.where(span > 0, span, torch.ones_like(span)), scale_dtype)
+    scale = grid.storable(torch.where(span > 0, span, torch.ones_like(span)))
     wide = scale.to(weight_OGg.dtype)
-    zero = (round_half_even(-low / wide) - NIBBLE_OFFSET).clamp(-8, 7)
-    codes = (round_half_even(weight_OGg / wide[..., None]) + zero[..., None]).clamp(-8, 7)
+    zero = (torch.round(-low / wide) - NIBBLE_OFFSET).clamp(-8, 7)
+    codes = (torch.round(weight_OGg / wide[..., None]) + zero[..., None]).clamp(-8, 7)
     return codes.flatten(1).to(torch.int8), scale, zero.to(torch.int8)
 
 
@@ -159,26 +181,6 @@ def quantize_activation(x: Tensor, mode: str = "token", bits: int = 8,
     return quantize_rows(x, mode, bits, scale)
 
 
-def percentile_absmax(x: Tensor, percentile: float) -> Tensor:
-    """The magnitude that ``percentile`` % of the values do not exceed; 100 is the largest. fp32 scalar.
-
-    A value that occurs, never one between two: sorted position ceil(p / 100 * n). Raises ValueError for an empty
-    tensor.
-    """
-    if x.numel() == 0 or not 0 < percentile <= 100:
-        raise ValueError(f"no {percentile} % range of {x.numel()} values")
-    magnitudes = x.detach().abs().flatten().float()
-    if percentile == 100:
-        return magnitudes.max()
-    position = min(magnitudes.numel(), max(1, math.ceil(percentile / 100 * magnitudes.numel())))
-    return magnitudes.kthvalue(position).values
-
-
-def static_scale(x: Tensor, bits: int = 8, percentile: float = 100.0) -> Tensor:
-    """The per-tensor scale of calibration values: the percentile range over 127 (or 7), never zero. fp32 scalar."""
-    return (percentile_absmax(x, percentile) / limit(bits)).clamp_min(torch.finfo(torch.float32).tiny)
-
-
 # -- training --------------------------------------------------------------------------------------------------------
 
 
@@ -196,14 +198,12 @@ class _StraightThrough(torch.autograd.Function):
         return (grads[0] if inside is None else grads[0] * inside, None, None)
 
 
-def fake_quantize_weight(weight_OI: Tensor, bits: int, group_size: int | None = None, *,
-                         scale_dtype: torch.dtype = torch.float32) -> Tensor:
+def fake_quantize_weight(weight_OI: Tensor, grid: Grid) -> Tensor:
     """The packed weight's values in float, [O, I]; gradients pass straight through. Packing later gives the same
     codes.
     """
-    codes, scale = quantize_symmetric(weight_OI.detach(), bits, group_size, scale_dtype=scale_dtype)
-    wide = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
-    return _StraightThrough.apply(weight_OI, dequantize(codes, scale, wide), None)
+    codes_OI, scales_OG = round_to_nearest(weight_OI.detach(), grid)
+    return _StraightThrough.apply(weight_OI, grid.dequantize(codes_OI, scales_OG), None)
 
 
 def fake_quantize_activation(x: Tensor, mode: str = "token", bits: int = 8, scale: Tensor | None = None) -> Tensor:
@@ -211,7 +211,7 @@ def fake_quantize_activation(x: Tensor, mode: str = "token", bits: int = 8, scal
     clips.
     """
     codes, used = quantize_activation(x.detach(), mode, bits, scale)
-    inside = x.detach().abs() <= used * limit(bits) if mode == "tensor" else None
+    inside = x.detach().abs() <= used * (127 if bits == 8 else 7) if mode == "tensor" else None
     return _StraightThrough.apply(x, codes.to(used.dtype) * used, inside)
 
 

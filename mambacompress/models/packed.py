@@ -26,10 +26,11 @@ from mambacompress.kernels.int4_linear import int4_linear
 from mambacompress.kernels.int8_linear import int8_linear
 from mambacompress.numerics import (
     NIBBLE_OFFSET,
+    Grid,
     dequantize,
     pack_int4,
     quantize_asymmetric,
-    quantize_symmetric,
+    round_to_nearest,
     unpack_int4,
 )
 
@@ -49,9 +50,13 @@ class WeightFormat:
             raise ValueError("int8 weights are symmetric with one scale a row: no groups, no zero points")
 
     @property
+    def grid(self) -> Grid:
+        """What its codes are rounded to."""
+        return Grid(self.bits, self.group_size)
+
+    @property
     def scale_dtype(self) -> torch.dtype:
-        """fp16 at 4 bits, fp32 at 8, where a row has but one."""
-        return torch.float16 if self.bits == 4 else torch.float32
+        return self.grid.scale_dtype
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,12 +123,10 @@ class _Packed(nn.Module):
             if weight is None:
                 raise ValueError("a packed module is made from a float weight, or from codes and scales")
             if weights.symmetric:
-                codes, scale = quantize_symmetric(weight.detach(), weights.bits, weights.group_size,
-                                                  scale_dtype=weights.scale_dtype)
+                codes, scale = round_to_nearest(weight.detach(), weights.grid)
             else:
-                codes, scale, zero = quantize_asymmetric(weight.detach(), weights.group_size,
-                                                         scale_dtype=weights.scale_dtype)
-                scale = scale if weights.group_size is not None else scale[:, 0]
+                codes, scale, zero = quantize_asymmetric(weight.detach(), weights.grid)
+            scale = scale.reshape(self.scale.shape)
         if scale.shape != self.scale.shape or codes.shape != (self.rows, self.columns):
             raise ValueError(f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} do not fit "
                              f"[{self.rows}, {self.columns}] with scales {tuple(self.scale.shape)}")

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from mambacompress.errors import UserError
 from mambacompress.models.modelmap import Block, ModelMap
+from mambacompress.numerics import Grid, searched_scales
 from mambacompress.passes.base import Calibration, Edit, Pass, Plan, Refusal
 from mambacompress.passes.observers import Moment, inputs_of
-from mambacompress.passes.rounding import Grid, check_groups, checked_weight, searched_scales
+from mambacompress.passes.rounding import check_groups, checked_weight
 from mambacompress.schema import GptqConfig
 
 DATA_FLOW = ("in_proj", "x_proj", "dt_proj", "out_proj")

@@ -31,10 +31,10 @@ from mambacompress.models.mixers import S6Mixer
 from mambacompress.models.modelmap import Block, ModelMap, set_module
 from mambacompress.models.packed import ActivationFormat, PackedEmbedding, PackedHead, PackedLinear, WeightFormat
 from mambacompress.models.paths import Path, ScanQuantizer
-from mambacompress.numerics import sqnr_db
+from mambacompress.numerics import Grid, searched_scales, sqnr_db, widest_scales
 from mambacompress.passes.base import Calibration, Edit, Pass, Plan, Refusal
 from mambacompress.passes.observers import RowSample, watching
-from mambacompress.passes.rounding import Grid, check_groups, searched_scales, widest_scales
+from mambacompress.passes.rounding import check_groups
 from mambacompress.schema import MapFormat, QuantizeConfig
 
 _SWEEP_TOKENS = 4096

@@ -84,7 +84,7 @@ def test_close_to_the_float_linear(weights: WeightFormat) -> None:
 
 
 def test_given_codes_are_stored_as_they_are() -> None:
-    codes, scale = numerics.quantize_symmetric(torch.randn(6, 32), 4, 16, scale_dtype=torch.float16)
+    codes, scale = numerics.round_to_nearest(torch.randn(6, 32), numerics.Grid(4, 16))
     module = PackedLinear.from_float(None, weights=INT4, activations=NONE, codes=codes, scale=scale.float())
     assert torch.equal(module.codes(), codes)
     assert torch.equal(module.dequantize(), numerics.dequantize(codes, scale))
