@@ -56,6 +56,7 @@ class CheckResult:
 _backend: ContextVar[str] = ContextVar("mambacompress_backend", default="auto")
 _strict: ContextVar[bool] = ContextVar("mambacompress_strict", default=False)
 _seen: dict[Choice, None] = {}  # insertion-ordered; what chosen() lists
+_records: list[dict[Choice, None]] = []  # those of the open ``recording`` blocks
 
 
 @contextmanager
@@ -106,6 +107,17 @@ def chosen() -> list[Choice]:
     return list(_seen)
 
 
+@contextmanager
+def recording() -> Iterator[dict[Choice, None]]:
+    """The distinct decisions taken inside, in order, whatever this process has decided before."""
+    record: dict[Choice, None] = {}
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records[:] = [other for other in _records if other is not record]
+
+
 def check_all() -> list[CheckResult]:
     """Check every op against its reference: each op's package may offer ``check() -> (error, tolerance)``."""
     results = []
@@ -141,6 +153,8 @@ def _obstacle(device: torch.device, dtype: torch.dtype, lacks: Sequence[str]) ->
 
 
 def _note(choice: Choice) -> None:
+    for record in _records:
+        record[choice] = None
     if choice not in _seen:
         _seen[choice] = None
         logger.info("%s: %s (%s)", choice.op, choice.backend, choice.reason)

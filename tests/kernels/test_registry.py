@@ -13,7 +13,7 @@ import torch
 
 from mambacompress.kernels import native, registry
 from mambacompress.kernels.compile import CompileError, compile_library, sources
-from mambacompress.kernels.registry import KernelFallback, backend, check_all, choose, chosen, strict
+from mambacompress.kernels.registry import KernelFallback, backend, check_all, choose, chosen, recording, strict
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(native.library() is None, reason=native.why_not())
@@ -99,3 +99,15 @@ def test_every_source_is_packaged() -> None:
     """setup.py compiles what the wheel's package data holds: sources and headers under kernels/."""
     names = {f"{path.parent.name}/{path.name}" for path in sources()}
     assert {"kernels/dispatch.cpp", "selective_scan/cpu.cpp", "causal_conv1d/cpu.cpp", "ssd_scan/cpu.cpp"} <= names
+
+
+def test_a_record_holds_what_was_decided_inside_though_it_was_decided_before() -> None:
+    with backend("reference"):
+        choose("rms_norm", CPU, torch.float32)
+        with recording() as outer:
+            choose("hadamard", CPU, torch.float32)
+            with recording() as inner:
+                choose("rms_norm", CPU, torch.float32)
+        choose("selective_scan", CPU, torch.float32)
+    assert [choice.op for choice in outer] == ["hadamard", "rms_norm"]
+    assert [choice.op for choice in inner] == ["rms_norm"]
