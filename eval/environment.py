@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from mambacompress.kernels.registry import Choice
 
 PACKAGES = ("mambacompress", "torch", "transformers", "lm_eval", "numpy")
 
@@ -45,12 +50,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def backend() -> str:
-    """The kernels that ran, from the registry's own record: ``selective_scan: native, ...``; torch where none did."""
+def backend(choices: Iterable[Choice] | None = None) -> str:
+    """The kernels that ran (in this process, where no choices are given): ``selective_scan: native, ...``; torch where
+    none did.
+    """
     from mambacompress.kernels.registry import chosen
 
     used: dict[str, list[str]] = {}
-    for choice in chosen():
+    for choice in chosen() if choices is None else choices:
         used.setdefault(choice.op, [])
         if choice.backend not in used[choice.op]:
             used[choice.op].append(choice.backend)

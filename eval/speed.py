@@ -31,6 +31,7 @@ from mambacompress.bench.memory import PeakMemory
 from mambacompress.errors import UserError
 from mambacompress.eval.environment import backend
 from mambacompress.eval.schema import Speed
+from mambacompress.kernels.registry import recording
 
 _CHILD = """
 import json, sys
@@ -49,14 +50,15 @@ def measure(model: Any, *, prompt: int = 512, steps: int = 32, repeats: int = 5,
     generator = torch.Generator().manual_seed(seed)
     ids_BL = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(device)
     prefill, step, loop = _loop(model, ids_BL)
-    fast, fast_quartiles = _summary(_rates(prefill, prompt, repeats, device))
     note = "peak memory not measured: the model shares its process"
     slow: float | None = None
     slow_quartiles: tuple[float, float] | None = None
-    if step is None:
-        note += "; decode not measured: the model keeps no state between calls"
-    else:
-        slow, slow_quartiles = _summary(_rates(lambda: _repeat(step, steps), steps, repeats, device))
+    with recording() as choices:
+        fast, fast_quartiles = _summary(_rates(prefill, prompt, repeats, device))
+        if step is None:
+            note += "; decode not measured: the model keeps no state between calls"
+        else:
+            slow, slow_quartiles = _summary(_rates(lambda: _repeat(step, steps), steps, repeats, device))
     threads = torch.get_num_threads()
     return Speed(
         prompt=prompt,
@@ -70,7 +72,7 @@ def measure(model: Any, *, prompt: int = 512, steps: int = 32, repeats: int = 5,
         start_bytes=None,
         note=note,
         loop=loop,
-        backend=backend(),
+        backend=backend(choices),
     )
 
 
