@@ -195,6 +195,23 @@ MC_INLINE float sum_of(V x) {
 #endif
 }
 
+// RA rows of x times one row of n floats, which comes from memory and is read in order, once; the sums of float_tile.
+template <int RA>
+MC_INLINE void float_row(const float* const* x, const float* w, int64_t n, float* out) {
+    V total[RA];
+    for (int r = 0; r < RA; ++r) total[r] = zero();
+    int64_t k = 0;
+    for (; k + W <= n; k += W) {
+        V weight = load(w + k);
+        for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), weight, total[r]);
+    }
+    if (k < n) {
+        V weight = load_part(w + k, int(n - k));
+        for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), weight, total[r]);
+    }
+    for (int r = 0; r < RA; ++r) out[r] = sum_of(total[r]);
+}
+
 // RA rows of x times 4 rows of n floats, [RA][4]; a lane sums every W-th input in order, then lanes are added in a
 // tree. x has zeros behind its end.
 template <int RA>
@@ -238,16 +255,28 @@ static inline void widen_weights(const Linear& p, bool nibbles, int64_t first, f
     }
 }
 
-// Outputs [first, first + 4) for all rows. weights: 4 rows of floats; scaled: their scale is still to come.
-static inline void float_outputs(const Linear& p, Rows& rows, int64_t first, const float* const* weights, bool scaled) {
+// Outputs [first, first + 4) for all rows. weights: 4 rows of floats; scaled: their scale is still to come; in_order: they come
+// from memory, where four streams at a time are slower than one.
+static inline void float_outputs(const Linear& p, Rows& rows, int64_t first, const float* const* weights, bool scaled,
+                                 bool in_order) {
     const int columns = int(std::min<int64_t>(4, p.outputs - first));
     for (int64_t m = 0; m < p.rows;) {
         float out[4][4];
         const float* x[4];
         const int count = p.rows - m >= 4 ? 4 : 1;
         for (int r = 0; r < count; ++r) x[r] = rows.floats.get() + (m + r) * rows.stride;
-        if (count == 4) float_tile<4>(x, weights, p.inputs, out);
-        else float_tile<1>(x, weights, p.inputs, out);
+        if (in_order) {
+            for (int c = 0; c < columns; ++c) {
+                float sums[4];
+                if (count == 4) float_row<4>(x, weights[c], p.inputs, sums);
+                else float_row<1>(x, weights[c], p.inputs, sums);
+                for (int r = 0; r < count; ++r) out[r][c] = sums[r];
+            }
+        } else if (count == 4) {
+            float_tile<4>(x, weights, p.inputs, out);
+        } else {
+            float_tile<1>(x, weights, p.inputs, out);
+        }
         for (int r = 0; r < count; ++r)
             for (int c = 0; c < columns; ++c) {
                 float y = scaled ? out[r][c] * scale_at(p, first + c, 0) : out[r][c];

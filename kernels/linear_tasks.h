@@ -96,7 +96,7 @@ struct Tasks {
             else at[c] = work.widened.get() + std::min(c, p.outputs - 1 - first) * p.inputs;
         }
         if (weights != FLOATS) widen_weights(p, weights == NIBBLES, first, work.widened.get(), p.inputs);
-        float_outputs(p, rows, first, at, weights == BYTES);
+        float_outputs(p, rows, first, at, weights == BYTES, weights == FLOATS);
     }
 
 #if MC_WIDTH == 16
