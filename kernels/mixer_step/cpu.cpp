@@ -9,9 +9,9 @@
 //     dt_proj  + scan and gate                         Mamba-2: the heads, on what in_proj and the convolution left
 //     out_proj + residual
 //
-// so that a block costs four barriers (Mamba-2: three). What a linear needs of a whole row (norm, rotation, quantization) takes
-// less time than a barrier: with one row every thread does it for itself. A run's result depends neither on who takes it nor on
-// where it starts: any number of threads gives the same bits.
+// so that a block costs four barriers (Mamba-2: three), which are our own: see Barrier. What a linear needs of a whole row (norm,
+// rotation, quantization) takes less time than a barrier: with one row every thread does it for itself. A run's result depends
+// neither on who takes it nor on where it starts: any number of threads gives the same bits.
 //
 // Legend: M rows of the batch, D d_model, E d_inner, K conv width, N d_state, G groups, R dt_rank, H heads, P head_dim.
 #ifndef MC_LEVEL
@@ -20,6 +20,10 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <atomic>
+#include <thread>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include "native.h"
 
@@ -73,6 +77,45 @@ struct Step {
     const State* state;
     float* h;  // [M, D], replaced
 };
+
+// Where a team waits for its last member. OpenMP's own barrier spins for milliseconds: on a busy machine it keeps the processor
+// from the very thread it waits for, a hundred times a token.
+class Barrier {
+  public:
+    void wait(int team) {
+        if (team == 1) return;
+        const int turn = turn_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
+            arrived_.store(0, std::memory_order_relaxed);
+            turn_.store(turn + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+            if (spins < SPINS) relax();
+            else std::this_thread::yield();
+        }
+    }
+
+  private:
+    static constexpr int SPINS = 2000;  // some tens of microseconds: longer than members of a team are apart when all run
+    static void relax() {
+#if defined(MC_X86)
+        _mm_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<int> turn_{0};
+};
+
+inline int team_size() {
+#if defined(_OPENMP)
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
 
 constexpr int64_t MAX_WIDTH = 16;
 constexpr int STAGES = 8;  // counters of a block
@@ -151,14 +194,14 @@ struct Walker {
     Shared& all;
     Ready& ready;
     Counter* counters;
+    Barrier& barrier;
     Worker mine;
 
-    Walker(const Step& p, int threads, const Sizes& s, Shared& all, Ready& ready, Counter* counters)
-        : p(p), threads(threads), alone(p.batch == 1 || threads == 1), all(all), ready(ready), counters(counters), mine(s) {}
+    Walker(const Step& p, int threads, const Sizes& s, Shared& all, Ready& ready, Counter* counters, Barrier& barrier)
+        : p(p), threads(threads), alone(p.batch == 1 || threads == 1), all(all), ready(ready), counters(counters),
+          barrier(barrier), mine(s) {}
 
-    static void meet() {
-#pragma omp barrier
-    }
+    void meet() { barrier.wait(threads); }
 
     Tasks linear(const Matrix& m, const float* x, int64_t x_row, float* y) const {
         Linear l{p.batch, m.inputs, m.outputs, m.groups, threads, m.activation, m.act_bits, x_row, F32, F32, m.scale_dtype,
@@ -444,17 +487,19 @@ int worthwhile(const Step& p, const Sizes& s) {
 void mixer_step(const Step& p) {
     if (p.batch == 0 || p.blocks == 0) return;
     const Sizes sizes(p);
-    const int threads = worthwhile(p, sizes);
+    const int wanted = worthwhile(p, sizes);
     std::vector<Counter> counters(size_t(p.blocks * STAGES));
+    Barrier barrier;
     Shared all(sizes);
-    Ready together(sizes, p.batch > 1 && threads > 1 ? p.batch : 1);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    Ready together(sizes, p.batch > 1 && wanted > 1 ? p.batch : 1);
+#pragma omp parallel num_threads(wanted) if (wanted > 1)
     {
+        const int threads = team_size();  // OpenMP may give fewer
         if (p.batch == 1 || threads == 1) {
             Ready own(sizes, p.batch);
-            Walker(p, threads, sizes, all, own, counters.data()).walk();
+            Walker(p, threads, sizes, all, own, counters.data(), barrier).walk();
         } else {
-            Walker(p, threads, sizes, all, together, counters.data()).walk();
+            Walker(p, threads, sizes, all, together, counters.data(), barrier).walk();
         }
     }
 }
