@@ -31,17 +31,14 @@ from mambacompress.models.mixers import S6Mixer
 from mambacompress.models.modelmap import Block, ModelMap, set_module
 from mambacompress.models.packed import ActivationFormat, PackedEmbedding, PackedHead, PackedLinear, WeightFormat
 from mambacompress.models.paths import Path, ScanQuantizer
-from mambacompress.numerics import Grid, searched_scales, sqnr_db, widest_scales
+from mambacompress.numerics import Grid, searched_scales, widest_scales
 from mambacompress.passes.base import Calibration, Edit, Pass, Plan, Refusal
 from mambacompress.passes.observers import RowSample, watching
-from mambacompress.passes.rounding import check_groups
+from mambacompress.passes.rounding import HARMLESS_DB, check_groups, half_if_harmless, halve_rest
 from mambacompress.schema import MapFormat, QuantizeConfig
 
 _SWEEP_TOKENS = 4096
 """Calibration tokens on which the scan's clipping is chosen."""
-
-_HARMLESS_DB = 60
-"""fp16 costs a matrix no more than this (fp32's own rounding: about 150 dB)."""
 
 _CHUNK_VALUES = 1 << 23
 """Values of a weight that are rounded at a time."""
@@ -71,7 +68,7 @@ class Quantize(Pass):
             self._plan_scan(plan, block)
             if self.config.rest == "float16":
                 plan.edits.append(Edit(self.name, block.index, "rest", "unpacked matrices in float16 where that keeps "
-                                       f"{_HARMLESS_DB} dB of one"))
+                                       f"{HARMLESS_DB} dB of one"))
         self._plan_ends(plan, model_map)
         self._plan_coverage(plan, model_map)
         return plan
@@ -151,7 +148,7 @@ class Quantize(Pass):
         if self.config.scan == "int8" and isinstance(block.mixer, S6Mixer) and len(block.mixer.paths) == 1:
             report["scan.percentile"] = self._quantize_scan(block, block.mixer, calibration)
         if self.config.rest == "float16":
-            _halve_rest(block)
+            halve_rest(block)
         if self.config.bias_correction and not calibration.trial:
             report |= self._correct_bias(block, calibration)
         return report
@@ -276,7 +273,7 @@ class Quantize(Pass):
                 sample.add(x_TD if transform is None else x_TD @ transform.to(x_TD.dtype))
             percentile, act_scale = best_range(sample, weight_VD, activations.bits, self.config.percentile)
             report = {"head.act_scale": _rounded(act_scale, 6), "head.percentile": percentile}
-        stored = None if transform is None else _half_if_harmless(transform)
+        stored = None if transform is None else half_if_harmless(transform)
         if model_map.tied and isinstance(embedding, PackedEmbedding):
             packed = PackedHead.sharing(embedding, activations=activations, act_scale=act_scale, transform=stored)
         else:
@@ -385,19 +382,6 @@ def _activations(format_: MapFormat) -> ActivationFormat:
 
 def _stored_scale(scales_OG: Tensor, format_: MapFormat) -> Tensor:
     return scales_OG[:, 0] if format_.group_size is None else scales_OG
-
-
-def _halve_rest(block: Block) -> None:
-    """Store the matrices no pass has packed (A_log, convolutions) in fp16, where harmless."""
-    for parameter in block.mixer.parameters():
-        if parameter.dim() > 1 and parameter.dtype == torch.float32:
-            parameter.data = _half_if_harmless(parameter.data)
-
-
-def _half_if_harmless(transform: Tensor) -> Tensor:
-    """fp16 where it keeps ``_HARMLESS_DB`` of the matrix, else fp32."""
-    half = transform.half()
-    return half if torch.isfinite(half).all() and sqnr_db(transform, half) > _HARMLESS_DB else transform.float()
 
 
 def _rounded(value: float, digits: int = 4) -> float:

@@ -1,4 +1,4 @@
-"""What rounding passes check before they round: groups that divide, weights that are finite; in the user's words."""
+"""What rounding passes check before they round, in the user's words, and what they store in fp16 instead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from mambacompress.errors import UserError
-from mambacompress.numerics import Grid
+from mambacompress.models.modelmap import Block
+from mambacompress.numerics import Grid, sqnr_db
+
+HARMLESS_DB = 60
+"""fp16 costs a matrix no more than this (fp32's own rounding: about 150 dB)."""
 
 
 def check_groups(where: str, channels: int, grid: Grid) -> None:
@@ -35,4 +39,17 @@ def checked_weight(weight: Tensor, where: str) -> Tensor:
     return weight.double()
 
 
-__all__ = ["check_groups", "checked_weight"]
+def halve_rest(block: Block) -> None:
+    """Store the matrices no pass has packed (A_log, convolutions) in fp16, where harmless."""
+    for parameter in block.mixer.parameters():
+        if parameter.dim() > 1 and parameter.dtype == torch.float32:
+            parameter.data = half_if_harmless(parameter.data)
+
+
+def half_if_harmless(transform: Tensor) -> Tensor:
+    """fp16 where it keeps ``HARMLESS_DB`` of the matrix, else fp32."""
+    half = transform.half()
+    return half if torch.isfinite(half).all() and sqnr_db(transform, half) > HARMLESS_DB else transform.float()
+
+
+__all__ = ["HARMLESS_DB", "check_groups", "checked_weight", "half_if_harmless", "halve_rest"]
