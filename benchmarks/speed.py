@@ -96,14 +96,15 @@ def judged(results: dict[str, Result]) -> Iterator[dict[str, Any]]:
 
 
 def memory_rows(results: dict[str, Result]) -> Iterator[dict[str, Any]]:
-    """Peak anonymous bytes of running every packed contestant, over the bytes of its files."""
+    """Peak bytes of running every packed contestant, mapped weights included, over the bytes of its files."""
     for size, result in results.items():
         for run in result.document["runs"]:
             for row in run["contestants"]:
                 peak = taken(row)
                 if row["variant"] == "packed" and peak is not None:
                     yield {"size": size, "threads": run["threads"], "name": row["name"], "files": row["files"],
-                           "peak": peak, "share": peak / row["files"], "live_tensors": row["memory"]["live_tensors"]}
+                           "peak": peak, "share": peak / row["files"],
+                           "anonymous": taken(row, "anonymous"), "live_tensors": row["memory"]["live_tensors"]}
 
 
 def bandwidth_rows(results: dict[str, Result], bandwidth: dict[int, float]) -> Iterator[dict[str, Any]]:

@@ -54,7 +54,7 @@ class Lane:
     prefills: bool = True
     error: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    memory: dict[str, int | None] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     likeness: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {measure: [] for measure in MEASURES})
 
@@ -116,7 +116,7 @@ def _at_its_own_risk(lane: Lane) -> Iterator[None]:
 
 
 def _load(lane: Lane, threads: int, settings: Settings) -> None:
-    """Load and warm up: peak anonymous bytes of each stage, the batched decode apart."""
+    """Load and warm up: peak bytes of each stage, the batched decode apart."""
     contestant = lane.contestant
     loaded = lane.process.ask(
         "load",
@@ -128,16 +128,16 @@ def _load(lane: Lane, threads: int, settings: Settings) -> None:
         batch=settings.batch,
     )
     lane.vocabulary, lane.prefills = loaded["vocabulary"], loaded["prefills"]
-    lane.memory = {"start": loaded["start_bytes"], "load": loaded["peak_bytes"]}
+    lane.memory = loaded["memory"]
     tasks = _tasks(settings, lane.vocabulary)
     for measure in MEASURES:
         if lane.runs(measure):
             task = tasks[measure]
             if "steps" in task:
                 task = {**task, "steps": min(task["steps"], _WARM_STEPS)}
-            lane.memory[measure] = lane.process.ask("warm_up", **task)["peak_bytes"]
+            lane.memory[measure] = lane.process.ask("warm_up", **task)["memory"]
     lane.facts = lane.process.ask("facts")
-    lane.memory |= {"held": lane.facts.pop("held_bytes"), "live_tensors": lane.facts.pop("live_bytes")}
+    lane.memory |= {"held": lane.facts.pop("held"), "live_tensors": lane.facts.pop("live_bytes")}
 
 
 def _tasks(settings: Settings, vocabulary: int) -> dict[str, dict[str, Any]]:

@@ -89,8 +89,9 @@ class Result:
         out += [(name, error) for name, error in failed.items() if error]
         return [f"{name} is left out: {reason.rstrip('.')}." for name, reason in out] + [
             f"Tokens a second, medians of {chosen['rounds']} rounds in which all took turns; ratios are of one round, "
-            "median (quartiles). Memory: peak anonymous bytes above the imported libraries, loading, prefill and "
-            "single decode. top-1: how often the most likely token is the float model's on two random prompts."
+            "median (quartiles). Memory: the peak above the imported libraries, mapped weights included, "
+            "of loading, prefill and single decode. top-1: how often the most likely token is the float model's on two "
+            "random prompts."
         ]
 
     def markdown(self) -> str:
@@ -118,11 +119,13 @@ class Result:
         return []
 
 
-def taken(row: dict[str, Any]) -> int | None:
-    """Peak anonymous bytes that loading, a prefill and a single decode added to the imported libraries."""
-    memory = row["memory"]
-    peaks = [memory[stage] for stage in ("load", "prefill", "decode") if memory.get(stage) is not None]
-    return max(peaks) - memory["start"] if peaks and memory.get("start") is not None else None
+def taken(row: dict[str, Any], kind: str = "resident") -> int | None:
+    """Peak bytes that loading, a prefill and a single decode added to the imported libraries; ``kind`` anonymous leaves
+    out what is mapped from files.
+    """
+    start, *peaks = (row["memory"].get(stage, {}).get(kind) for stage in ("start", "load", "prefill", "decode"))
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) - start if known and start is not None else None
 
 
 def _megabytes(size: int | None) -> str:

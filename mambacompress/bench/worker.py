@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mambacompress.bench.memory import PeakMemory, anonymous_bytes
+from mambacompress.bench.memory import PeakMemory, now
 from mambacompress.bench.runner import KINDS, Runner
 
 
@@ -26,7 +26,6 @@ class Worker:
 
     def __init__(self) -> None:
         self._runner: Runner | None = None
-        self._start: int | None = None
 
     def prepare(self, kind: str, model: str, folder: str) -> dict[str, Any]:
         """Make a peer's own files from a model directory: {variant: path}."""
@@ -35,21 +34,20 @@ class Worker:
     def load(self, kind: str, path: str, variant: str, threads: int, prompt: int, batch: int) -> dict[str, Any]:
         """Load the contestant; its libraries are imported first, so that they do not count as its memory."""
         KINDS[kind].warm(path)
-        self._start = anonymous_bytes()
+        start = now()
         with PeakMemory() as memory:
             self._runner = KINDS[kind].make(path, variant, threads, prompt, batch)
         return {
             "vocabulary": self._runner.vocabulary,
             "prefills": self._runner.prefills,
-            "start_bytes": self._start,
-            "peak_bytes": memory.peak,
+            "memory": {"start": start, "load": memory.record()},
         }
 
     def warm_up(self, **task: Any) -> dict[str, Any]:
         """One untimed run under the memory sampler."""
         with PeakMemory() as memory:
             self.run(**task)
-        return {"peak_bytes": memory.peak}
+        return {"memory": memory.record()}
 
     def run(self, what: str, ids: list[int], steps: int = 0) -> dict[str, Any]:
         """Seconds of one ``prefill`` of the ids, or of ``steps`` steps of ``decode`` with a row an id."""
@@ -70,7 +68,7 @@ class Worker:
 
     def facts(self) -> dict[str, Any]:
         """What the runtime says of itself, and what it holds now."""
-        return {**self._loaded().facts(), "live_bytes": self._loaded().live_bytes(), "held_bytes": anonymous_bytes()}
+        return {**self._loaded().facts(), "live_bytes": self._loaded().live_bytes(), "held": now()}
 
     def _loaded(self) -> Runner:
         if self._runner is None:
