@@ -88,7 +88,7 @@ class Rotate(Pass):
             plan.edits.append(Edit(self.name, None, "head", f"{what}; untied: {vocabulary} x {D} weights of its own"))
         else:
             plan.edits.append(Edit(self.name, None, "head", f"{what}; stays tied: R1ᵀ·diag(g)·R1 before it, "
-                                   f"{D} x {D}, {2 * D * D:,} bytes in fp16, {D * D:,} multiply-adds a token",
+                                   f"{D} x {D}, {4 * D * D:,} bytes in fp32, {D * D:,} multiply-adds a token",
                                    online=True))
 
     def _plan_dt(self, block: Block, plan: Plan) -> None:
