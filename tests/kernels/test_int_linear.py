@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
@@ -214,17 +212,6 @@ def test_int4_refusals(change: dict, message: str) -> None:
 SHAPES = [(1, 64, 16), (1, 48, 33), (3, 7, 5), (4, 1536, 80), (8, 768, 40), (9, 768, 40), (13, 100, 31), (30, 48, 100),
           (100, 160, 70)]
 needs_native = pytest.mark.skipif(native.library() is None, reason=native.why_not())
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Native code forced to one instruction set."""
-    try:
-        native.force_level(request.param)
-    except ValueError as reason:
-        pytest.skip(str(reason))
-    yield request.param
-    native.force_level(None)
 
 
 def groups_of(inputs: int) -> list[int]:

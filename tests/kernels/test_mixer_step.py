@@ -54,17 +54,6 @@ FORMATS = {
 }
 
 
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Native code forced to one instruction set."""
-    try:
-        native.force_level(request.param)
-    except (ValueError, RuntimeError) as reason:
-        pytest.skip(str(reason))
-    yield request.param
-    native.force_level(None)
-
-
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """threads(n) sets the number of threads; the old one returns."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,17 +21,6 @@ needs_native = pytest.mark.skipif(native.library() is None, reason=native.why_no
 
 def error(y: Tensor, reference: Tensor) -> float:
     return float((y.detach().double() - reference.detach().double()).norm() / reference.detach().double().norm())
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Native code forced to one instruction set."""
-    try:
-        native.force_level(request.param)
-    except (ValueError, RuntimeError) as reason:
-        pytest.skip(str(reason))
-    yield request.param
-    native.force_level(None)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
