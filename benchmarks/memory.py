@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from mambacompress.bench.memory import anonymous_bytes
+
 _RUN = """
 import sys, torch
 import mambacompress as mc
@@ -73,15 +75,6 @@ def write_checkpoint(folder: Path, layers: int, width: int, vocabulary: int) -> 
     return total
 
 
-def anonymous_kib(pid: int) -> int:
-    """RssAnon of a process in KiB; 0 once it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -103,12 +96,12 @@ def main() -> None:
     process = subprocess.Popen([str(part) for part in command])
     peak = 0
     while process.poll() is None:
-        peak = max(peak, anonymous_kib(process.pid))
+        peak = max(peak, anonymous_bytes(process.pid) or 0)
         time.sleep(0.05)
     seconds = time.perf_counter() - began
     stored = sum(file.stat().st_size for file in out.glob("*.safetensors")) if out.is_dir() else 0
     print(json.dumps({"parameters": parameters, "recipe": options.recipe, "tokens": options.sequences * options.length,
-                      "exit": process.returncode, "peak_anonymous_bytes": peak * 1024, "seconds": round(seconds, 1),
+                      "exit": process.returncode, "peak_anonymous_bytes": peak, "seconds": round(seconds, 1),
                       "source_bytes": 2 * parameters, "stored_bytes": stored, "threads": torch.get_num_threads()}))
 
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +26,8 @@ import torch
 from torch import Tensor
 
 from mambacompress.bench.memory import PeakMemory
+from mambacompress.bench.process import child_environment
+from mambacompress.bench.summary import Spread
 from mambacompress.errors import UserError
 from mambacompress.eval.environment import backend
 from mambacompress.eval.schema import Speed
@@ -82,13 +82,12 @@ def in_fresh_process(path: str | Path, **options: Any) -> Speed:
     Raises UserError where the process fails, with its last line.
     """
     wanted = {"path": str(path), "threads": torch.get_num_threads(), "options": options}
-    search = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(
         [sys.executable, "-c", _CHILD, json.dumps(wanted)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env=child_environment(torch.get_num_threads()),
     )
     lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
     if done.returncode != 0 or not lines:
@@ -174,7 +173,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _summary(rates: list[float]) -> tuple[float, tuple[float, float]]:
-    if len(rates) < 2:
-        return rates[0], (rates[0], rates[0])
-    low, middle, high = statistics.quantiles(rates, n=4, method="inclusive")
-    return middle, (low, high)
+    spread = Spread.of(rates)
+    if spread is None:
+        raise ValueError("there are no rates to summarise")
+    return spread.median, (spread.low, spread.high)

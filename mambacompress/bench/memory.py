@@ -1,4 +1,4 @@
-"""Memory of this process, from /proc and without torch.
+"""Memory of a process, from /proc and without torch.
 
 Anonymous (RssAnon): what cannot be dropped and read again. Resident: that and the file pages it has mapped and touched,
 libraries and weights alike; of a runtime that maps its weight file, only this counts the weights.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-_STATUS = Path("/proc/self/status")
-
 
 class PeakMemory:
     """Context manager that samples this process every 5 ms: ``peak`` (anonymous) and ``peak_resident``, None where the
@@ -18,8 +16,9 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        self.start = self.peak = anonymous_bytes()
-        self.peak_resident = resident_bytes()
+        held = now()
+        self.start = self.peak = held["anonymous"]
+        self.peak_resident = held["resident"]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -43,32 +42,27 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        self.peak = max(self.peak or 0, anonymous_bytes() or 0)
-        self.peak_resident = max(self.peak_resident or 0, resident_bytes() or 0)
+        held = now()
+        self.peak = max(self.peak or 0, held["anonymous"] or 0)
+        self.peak_resident = max(self.peak_resident or 0, held["resident"] or 0)
 
 
-def anonymous_bytes() -> int | None:
-    """RssAnon of this process, None where /proc does not tell."""
-    return _read("RssAnon:")
+def now(pid: int | None = None) -> dict[str, int | None]:
+    """Bytes of a process (this one where None): ``anonymous`` (RssAnon) and ``resident`` (VmRSS), as a stage of a
+    contestant's memory record; None where /proc does not tell, or no longer.
+    """
+    try:
+        text = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        text = ""
+    rows = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return {key: int(rows[name].split()[0]) * 1024 if name in rows else None
+            for key, name in (("anonymous", "RssAnon"), ("resident", "VmRSS"))}
 
 
-def resident_bytes() -> int | None:
-    """VmRSS of this process, None where /proc does not tell."""
-    return _read("VmRSS:")
+def anonymous_bytes(pid: int | None = None) -> int | None:
+    """RssAnon of a process (this one where None), None where /proc does not tell."""
+    return now(pid)["anonymous"]
 
 
-def now() -> dict[str, int | None]:
-    """Both, as a stage of a contestant's memory record."""
-    return {"anonymous": anonymous_bytes(), "resident": resident_bytes()}
-
-
-def _read(name: str) -> int | None:
-    if not _STATUS.is_file():
-        return None
-    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-__all__ = ["PeakMemory", "anonymous_bytes", "now", "resident_bytes"]
+__all__ = ["PeakMemory", "anonymous_bytes", "now"]

@@ -186,12 +186,6 @@ class StepGraph(Runner):
     def vocabulary(self) -> int:
         return self._vocabulary
 
-    def prompt_logits(self, ids_L: np.ndarray) -> np.ndarray:
-        raise NotImplementedError("the step graph reads one token at a time")
-
-    def prefill(self, ids_L: np.ndarray) -> float:
-        raise NotImplementedError("the step graph reads one token at a time")
-
     def step_logits(self, ids_BL: np.ndarray) -> np.ndarray:
         request = self._request(len(ids_BL))
         request.reset_state()

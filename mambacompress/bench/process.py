@@ -18,6 +18,12 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _PATIENCE = 5  # seconds that a worker gets to end by itself
 
 
+def child_environment(threads: int) -> dict[str, str]:
+    """The environment of a Python process that finds what this one finds, with so many threads."""
+    search = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**os.environ, "PYTHONPATH": search, **dict.fromkeys(_THREADS, str(threads))}
+
+
 class WorkerFailed(Exception):
     """A command failed in the worker, or the worker is gone; the message is one sentence."""
 
@@ -26,8 +32,6 @@ class Process:
     """``with Process(threads) as process: process.ask("load", ...)``."""
 
     def __init__(self, threads: int) -> None:
-        search = os.pathsep.join(entry for entry in sys.path if entry)
-        environment = {**os.environ, "PYTHONPATH": search, **dict.fromkeys(_THREADS, str(threads))}
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mambacompress.bench.worker"],
@@ -35,7 +39,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             encoding="utf-8",
-            env=environment,
+            env=child_environment(threads),
             start_new_session=True,
         )
 
@@ -93,4 +97,4 @@ class Process:
         return f"its process ended with code {code}" + (f": {lines[-1][:300]}" if lines else "")
 
 
-__all__ = ["Process", "WorkerFailed"]
+__all__ = ["Process", "WorkerFailed", "child_environment"]

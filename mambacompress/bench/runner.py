@@ -76,24 +76,24 @@ KINDS = {
 class Runner(ABC):
     """A loaded model. Every timed call starts from a zero state and ends when its last logits are there."""
 
-    prefills = True  # whether it can read a prompt in one call
+    prefills = True  # whether it can read a prompt in one call: ``prompt_logits`` and ``prefill`` are asked only then
 
     @property
     @abstractmethod
     def vocabulary(self) -> int:
         """Token ids are below this."""
 
-    @abstractmethod
     def prompt_logits(self, ids_L: np.ndarray) -> np.ndarray:
         """fp32 [L, V], the prompt read in one call."""
+        raise TypeError(f"{type(self).__name__} reads one token at a time")
 
     @abstractmethod
     def step_logits(self, ids_BL: np.ndarray) -> np.ndarray:
         """fp32 [B, L, V], all rows a token at a time."""
 
-    @abstractmethod
     def prefill(self, ids_L: np.ndarray) -> float:
         """Seconds to read a prompt and have its last token's logits."""
+        raise TypeError(f"{type(self).__name__} reads one token at a time")
 
     @abstractmethod
     def decode(self, ids_B: np.ndarray, steps: int) -> float:
