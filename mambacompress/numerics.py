@@ -81,7 +81,7 @@ class Grid:
 
     def dequantize(self, codes_OI: Tensor, scales_OG: Tensor) -> Tensor:
         """codes · scale, [O, I] in the scales' dtype."""
-        return (self.grouped(codes_OI.to(scales_OG.dtype)) * scales_OG[..., None]).flatten(1)
+        return dequantize(codes_OI, scales_OG, scales_OG.dtype)
 
 
 def widest_scales(w_OI: Tensor, grid: Grid) -> Tensor:
@@ -211,7 +211,7 @@ def fake_quantize_activation(x: Tensor, mode: str = "token", bits: int = 8, scal
     clips.
     """
     codes, used = quantize_activation(x.detach(), mode, bits, scale)
-    inside = x.detach().abs() <= used * (127 if bits == 8 else 7) if mode == "tensor" else None
+    inside = x.detach().abs() <= used * Grid(bits).highest if mode == "tensor" else None
     return _StraightThrough.apply(x, codes.to(used.dtype) * used, inside)
 
 

@@ -324,7 +324,7 @@ def packed_bytes(shape: torch.Size, format_: MapFormat) -> int:
 
 def best_range(sample: RowSample, weight_OI: Tensor, bits: int, percentiles: tuple[float, ...]) -> tuple[float, float]:
     """(percentile, scale) whose rounded inputs change the linear's output least: min over p of ‖(x̂ - x) Wᵀ‖²."""
-    top = 127 if bits == 8 else 7
+    top = Grid(bits).highest
     rows_TI = sample.rows().float()
     weight_OI = weight_OI.to(rows_TI.dtype)
     best = (percentiles[0], max(sample.range_at(percentiles[0]), 1e-12) / top)

@@ -46,10 +46,10 @@ def halve_rest(block: Block) -> None:
             parameter.data = half_if_harmless(parameter.data)
 
 
-def half_if_harmless(transform: Tensor) -> Tensor:
+def half_if_harmless(matrix: Tensor) -> Tensor:
     """fp16 where it keeps ``HARMLESS_DB`` of the matrix, else fp32."""
-    half = transform.half()
-    return half if torch.isfinite(half).all() and sqnr_db(transform, half) > HARMLESS_DB else transform.float()
+    half = matrix.half()
+    return half if torch.isfinite(half).all() and sqnr_db(matrix, half) > HARMLESS_DB else matrix.float()
 
 
 __all__ = ["HARMLESS_DB", "check_groups", "checked_weight", "half_if_harmless", "halve_rest"]
