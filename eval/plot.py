@@ -115,7 +115,9 @@ def svg(chart: Chart, size_label: Callable[[float], str]) -> str:
     if chart.reference is not None:
         spans.append(chart.reference)
     nonzero = sorted(abs(p.value) for p in chart.points if p.value)
-    y = _Axis(min(spans), max(spans), chart.scale, nonzero[len(nonzero) // 4] if nonzero else 1.0)
+    # the small values are drawn linearly, but never on more decades than there are ticks for
+    threshold = max(nonzero[len(nonzero) // 4], nonzero[-1] * 1e-9) if nonzero else 1.0
+    y = _Axis(min(spans), max(spans), chart.scale, threshold)
     x = _Axis(min(p.size for p in chart.points) * 0.93, max(p.size for p in chart.points) * 1.07, "log")
 
     def px(value: float) -> float:

@@ -6,7 +6,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mambacompress.eval.charts import charts
@@ -38,6 +38,7 @@ def test_the_front_beats_everything(rows: list[tuple[int, float]], higher: bool)
 
 
 @given(points, st.sampled_from(["linear", "symlog"]), st.sampled_from([None, 0.5]), st.booleans())
+@example([(1000, 4.0), (1000, 2.2250738585072014e-308)], "symlog", None, False)
 def test_any_chart_is_valid_xml_with_every_mark_inside(
     rows: list[tuple[int, float]], scale: Scale, se: float | None, higher: bool
 ) -> None:
