@@ -1,17 +1,18 @@
 // What integer linears are made of, for the level under which this file is included; linear_tasks.h puts it together.
 //
-// Weights stay as they are stored, row-major [outputs, inputs], one copy in memory. Activations are quantized a row at a time
-// into `Rows` (int8, padded with zeros, with the sums of their codes). dpbusd multiplies unsigned by signed bytes, so weights
-// enter as unsigned (int8 ^ 0x80, or the nibble itself) and 128 (or the zero point) times the row's sum is taken off again:
-// exact, whatever wraps in between. Two shapes of loop, with one result, since sums are exact and epilogues the same:
+// Weights come as rows [outputs, inputs], or rearranged in place for AVX-512 (``Linear::tiled`` outputs of them): a tile is 16
+// outputs, as [quads of bytes][16 outputs][4 bytes], its scales and zero points as [groups][16]. One vector then holds four
+// bytes of each of 16 outputs, which is what the dot instruction takes, and a tile is one stream. Outputs behind the last whole
+// tile stay rows; rows are brought into the same order in cache, a tile at a time (pack_quads).
 //
-//     dot    a row or two: 16 outputs at a time, lanes run along the inputs, sums over lanes by a transposing tree. Nothing is
-//            repacked: it reads each weight once, at the speed of memory.
-//     tile   more rows: 32 outputs are repacked into quads of inputs (VNNI order) in cache, then 12 rows x 32 outputs of
-//            accumulators stay in registers. The dot instruction is inline assembly: GCC spills accumulators of intrinsics.
+// Activations are quantized a row at a time into `Rows` (int8, padded with zeros, with the sums of their codes). dpbusd
+// multiplies unsigned by signed bytes, so weights enter as unsigned (int8 ^ 0x80, or the nibble itself) and 128 (or the zero
+// point) times the row's sum is taken off again: exact, whatever wraps in between. A row or a few meet one tile at a time, more
+// rows two tiles at a time, up to 12 rows x 32 outputs of accumulators in registers; the dot instruction is inline assembly,
+// since GCC spills accumulators of intrinsics. Whatever the shape, sums are exact and epilogues the same: so are the results.
 //
-// Other levels run one plain loop over the same rows. Where activations stay float, weights become floats, four rows at a time, in
-// cache. No include guard: see simd.h.
+// Other levels run one plain loop over the same rows. Where activations stay float, so do the products: see float_tiles.h. No
+// include guard: see simd.h.
 //
 // Legend: M rows, N outputs, K inputs, G groups of inputs that share a weight scale.
 namespace MC_LEVEL {
@@ -110,9 +111,12 @@ static inline void widen_into(Rows& rows, int64_t m, const void* x, int64_t inde
         store(row + i, load_any(x, index + i, dtype, int(std::min<int64_t>(W, rows.inputs - i))));
 }
 
-// One integer linear as its caller describes it. weight rows are `row_bytes` apart, without padding.
+constexpr int64_t TILE_OUTPUTS = 16;
+
+// One integer linear as its caller describes it. weight rows are `row_bytes` apart, without padding. tiled: how many outputs,
+// from the first, lie in tiles.
 struct Linear {
-    int64_t rows, inputs, outputs, groups, threads, activation, act_bits, x_row, x_dtype, y_dtype, scale_dtype;
+    int64_t rows, inputs, outputs, groups, threads, activation, act_bits, x_row, x_dtype, y_dtype, scale_dtype, tiled;
     const void *x, *weight, *scale;
     const uint8_t* zero;
     const float *bias, *act_scale;
@@ -122,12 +126,28 @@ struct Linear {
     int64_t row_bytes(bool nibbles) const { return nibbles ? inputs / 2 : inputs; }
 };
 
+// Where the scale and the zero point of a group of an output are.
+MC_INLINE int64_t factor_index(const Linear& p, int64_t output, int64_t group) {
+    if (output >= p.tiled) return output * p.groups + group;
+    return (output / TILE_OUTPUTS * p.groups + group) * TILE_OUTPUTS + output % TILE_OUTPUTS;
+}
+
 MC_INLINE float scale_at(const Linear& p, int64_t output, int64_t group) {
-    return load_one(p.scale, output * p.groups + group, int(p.scale_dtype));
+    return load_one(p.scale, factor_index(p, output, group), int(p.scale_dtype));
 }
 
 MC_INLINE int zero_at(const Linear& p, int64_t output, int64_t group) {
-    return p.zero ? p.zero[output * p.groups + group] : 8;
+    return p.zero ? p.zero[factor_index(p, output, group)] : 8;
+}
+
+// The bytes of an output's row: where they are, or gathered from its tile into `buffer`.
+static inline const uint8_t* row_of(const Linear& p, bool nibbles, int64_t output, uint8_t* buffer) {
+    const int64_t bytes = p.row_bytes(nibbles);
+    const uint8_t* weight = static_cast<const uint8_t*>(p.weight);
+    if (output >= p.tiled) return weight + output * bytes;
+    const uint8_t* from = weight + output / TILE_OUTPUTS * TILE_OUTPUTS * bytes + output % TILE_OUTPUTS * 4;
+    for (int64_t k = 0; k < bytes; k += 4) std::memcpy(buffer + k, from + k * TILE_OUTPUTS, 4);
+    return buffer;
 }
 
 MC_INLINE void finish_one(const Linear& p, Rows& rows, int64_t m, int64_t output, float sum) {
@@ -158,17 +178,16 @@ MC_INLINE int32_t dot_bytes(const int8_t* a, const int8_t* b, int64_t n) {
 }
 
 // Outputs [first, last) for all rows; nibbles are unpacked a weight row at a time into `unpacked`. Rows in natural order.
-static inline void plain_outputs(const Linear& p, Rows& rows, bool nibbles, int64_t first, int64_t last, int8_t* unpacked) {
+// gathered: scratch of a row of bytes.
+static inline void plain_outputs(const Linear& p, Rows& rows, bool nibbles, int64_t first, int64_t last, int8_t* unpacked,
+                                 uint8_t* gathered) {
     int64_t group_size = p.inputs / p.groups;
     for (int64_t output = first; output < last; ++output) {
-        const int8_t* weight = static_cast<const int8_t*>(p.weight) + output * p.row_bytes(nibbles);
-        if (nibbles) {
-            for (int64_t i = 0; i < p.inputs; ++i) {
-                int byte = uint8_t(weight[i / 2]);
-                unpacked[i] = int8_t((i & 1 ? byte >> 4 : byte & 15) - zero_at(p, output, i / group_size));
-            }
-            weight = unpacked;
-        }
+        const uint8_t* bytes = row_of(p, nibbles, output, gathered);
+        if (nibbles)
+            for (int64_t i = 0; i < p.inputs; ++i)
+                unpacked[i] = int8_t((i & 1 ? bytes[i / 2] >> 4 : bytes[i / 2] & 15) - zero_at(p, output, i / group_size));
+        const int8_t* weight = nibbles ? unpacked : reinterpret_cast<const int8_t*>(bytes);
         for (int64_t m = 0; m < p.rows; ++m) {
             const int8_t* codes = rows.codes.get() + m * rows.stride;
             float total = 0.0f;
@@ -179,111 +198,6 @@ static inline void plain_outputs(const Linear& p, Rows& rows, bool nibbles, int6
             }
             finish_one(p, rows, m, output, total);
         }
-    }
-}
-
-// -- float activations -----------------------------------------------------------------------------------------------
-
-MC_INLINE float sum_of(V x) {
-#if MC_WIDTH == 16
-    __m256 a = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, x.v, 0), _mm512_maskz_extractf32x8_ps(0xff, x.v, 1));
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-#else
-    return lane_sum(x);
-#endif
-}
-
-// RA rows of x times one row of n floats, which comes from memory and is read in order, once; the sums of float_tile.
-template <int RA>
-MC_INLINE void float_row(const float* const* x, const float* w, int64_t n, float* out) {
-    V total[RA];
-    for (int r = 0; r < RA; ++r) total[r] = zero();
-    int64_t k = 0;
-    for (; k + W <= n; k += W) {
-        V weight = load(w + k);
-        for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), weight, total[r]);
-    }
-    if (k < n) {
-        V weight = load_part(w + k, int(n - k));
-        for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), weight, total[r]);
-    }
-    for (int r = 0; r < RA; ++r) out[r] = sum_of(total[r]);
-}
-
-// RA rows of x times 4 rows of n floats, [RA][4]; a lane sums every W-th input in order, then lanes are added in a
-// tree. x has zeros behind its end.
-template <int RA>
-MC_INLINE void float_tile(const float* const* x, const float* const* w, int64_t n, float (*out)[4]) {
-    V total[RA][4];
-    for (int r = 0; r < RA; ++r)
-        for (int c = 0; c < 4; ++c) total[r][c] = zero();
-    int64_t k = 0;
-    for (; k + W <= n; k += W)
-        for (int c = 0; c < 4; ++c) {
-            V weight = load(w[c] + k);
-            for (int r = 0; r < RA; ++r) total[r][c] = fma(load(x[r] + k), weight, total[r][c]);
-        }
-    if (k < n)
-        for (int c = 0; c < 4; ++c) {
-            V weight = load_part(w[c] + k, int(n - k));
-            for (int r = 0; r < RA; ++r) total[r][c] = fma(load(x[r] + k), weight, total[r][c]);
-        }
-    for (int r = 0; r < RA; ++r)
-        for (int c = 0; c < 4; ++c) out[r][c] = sum_of(total[r][c]);
-}
-
-// 4 weight rows from `first` as floats in `to`, [4][step]. Group scales are applied to the weight, a row's own after the sum.
-static inline void widen_weights(const Linear& p, bool nibbles, int64_t first, float* to, int64_t step) {
-    const int64_t group_size = p.inputs / p.groups;
-    for (int64_t output = first; output < std::min(first + 4, p.outputs); ++output, to += step) {
-        if (!nibbles) {
-            const int8_t* from = static_cast<const int8_t*>(p.weight) + output * p.inputs;
-            for (int64_t i = 0; i < p.inputs; ++i) to[i] = float(from[i]);
-            continue;
-        }
-        const uint8_t* from = static_cast<const uint8_t*>(p.weight) + output * (p.inputs / 2);
-        for (int64_t g = 0; g < p.groups; ++g) {
-            float scale = scale_at(p, output, g);
-            int offset = zero_at(p, output, g);
-            for (int64_t i = g * group_size / 2; i < (g + 1) * group_size / 2; ++i) {
-                to[2 * i] = float((from[i] & 15) - offset) * scale;
-                to[2 * i + 1] = float((from[i] >> 4) - offset) * scale;
-            }
-        }
-    }
-}
-
-// Outputs [first, first + 4) for all rows. weights: 4 rows of floats; scaled: their scale is still to come; in_order: they come
-// from memory, where four streams at a time are slower than one.
-static inline void float_outputs(const Linear& p, Rows& rows, int64_t first, const float* const* weights, bool scaled,
-                                 bool in_order) {
-    const int columns = int(std::min<int64_t>(4, p.outputs - first));
-    for (int64_t m = 0; m < p.rows;) {
-        float out[4][4];
-        const float* x[4];
-        const int count = p.rows - m >= 4 ? 4 : 1;
-        for (int r = 0; r < count; ++r) x[r] = rows.floats.get() + (m + r) * rows.stride;
-        if (in_order) {
-            for (int c = 0; c < columns; ++c) {
-                float sums[4];
-                if (count == 4) float_row<4>(x, weights[c], p.inputs, sums);
-                else float_row<1>(x, weights[c], p.inputs, sums);
-                for (int r = 0; r < count; ++r) out[r][c] = sums[r];
-            }
-        } else if (count == 4) {
-            float_tile<4>(x, weights, p.inputs, out);
-        } else {
-            float_tile<1>(x, weights, p.inputs, out);
-        }
-        for (int r = 0; r < count; ++r)
-            for (int c = 0; c < columns; ++c) {
-                float y = scaled ? out[r][c] * scale_at(p, first + c, 0) : out[r][c];
-                if (p.bias) y = y + p.bias[first + c];
-                store_one(p.y, (m + r) * p.outputs + first + c, int(p.y_dtype), y);
-            }
-        m += count;
     }
 }
 
@@ -314,33 +228,6 @@ MC_INLINE void put(void* y, int64_t index, int64_t dtype, __m512 value, __mmask1
     }
 }
 
-// 16 accumulators -> 4 vectors: in vector i, 128-bit lane q holds the sums of lanes 4q..4q+3 of accumulators 4i..4i+3.
-MC_INLINE void quarter_sums(const __m512i* acc, __m512i* quarters) {
-    MC_UNROLL(4)
-    for (int i = 0; i < 4; ++i) {
-        const __m512i* a = acc + 4 * i;
-        __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
-        __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
-        quarters[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    }
-}
-
-// The sums of each half of 16 accumulators' lanes: accumulator r in lane r.
-MC_INLINE void half_sums(const __m512i* acc, __m512i& first, __m512i& second) {
-    __m512i z[4];
-    quarter_sums(acc, z);
-    __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(z[0], z[1], 0x88), _mm512_shuffle_i32x4(z[0], z[1], 0xdd));
-    __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(z[2], z[3], 0x88), _mm512_shuffle_i32x4(z[2], z[3], 0xdd));
-    first = _mm512_shuffle_i32x4(a, b, 0x88);
-    second = _mm512_shuffle_i32x4(a, b, 0xdd);
-}
-
-MC_INLINE __m512i full_sums(const __m512i* acc) {
-    __m512i first, second;
-    half_sums(acc, first, second);
-    return _mm512_add_epi32(first, second);
-}
-
 // A 16 x 16 matrix of 32-bit elements, transposed in place.
 MC_INLINE void transpose16(__m512i* r) {
     __m512i t[16];
@@ -365,46 +252,49 @@ MC_INLINE void transpose16(__m512i* r) {
     for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-// 16 weight rows from `first`, [quad of bytes][16 outputs][4], `step` bytes a quad apart; rows past the end repeat the last.
-static inline void pack_quads(const uint8_t* weight, int64_t first, int64_t outputs, int64_t row_bytes, uint8_t flip,
-                              uint8_t* to, int64_t step) {
-    __m512i mask = _mm512_set1_epi8(char(flip)), r[16];
+// 16 weight rows from `first` as a tile: [quad of bytes][16 outputs][4]; rows past the end repeat the last.
+static inline void pack_quads(const uint8_t* weight, int64_t first, int64_t outputs, int64_t row_bytes, uint8_t* to) {
+    __m512i r[16];
     for (int64_t i = first * row_bytes, end = std::min(first + 16, outputs) * row_bytes; i < end; i += 64)
         asm volatile("" ::"r"(*static_cast<const volatile uint8_t*>(weight + i)));  // in order, so that it is prefetched
     for (int64_t k = 0; k < row_bytes; k += 64) {
         __mmask64 part = bytes(row_bytes - k);
-        for (int i = 0; i < 16; ++i) {
-            int64_t row = std::min(first + i, outputs - 1);
-            r[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(part, weight + row * row_bytes + k), mask);
-        }
+        for (int i = 0; i < 16; ++i)
+            r[i] = _mm512_maskz_loadu_epi8(part, weight + std::min(first + i, outputs - 1) * row_bytes + k);
         transpose16(r);
         int64_t quads = std::min<int64_t>(16, ceil_div(row_bytes - k, 4));
-        for (int64_t q = 0; q < quads; ++q) _mm512_storeu_si512(to + (k / 4 + q) * step, r[q]);
+        for (int64_t q = 0; q < quads; ++q) _mm512_store_si512(to + (k / 4 + q) * 64, r[q]);
     }
 }
 
-// The scales of 16 outputs, [group][`step` floats apart, 16 of them].
-static inline void pack_scales(const Linear& p, int64_t first, float* to, int64_t step) {
+// The scales of 16 outputs, a tile or rows, as [group][16] floats.
+static inline void pack_scales(const Linear& p, int64_t first, float* to) {
+    const bool half = p.scale_dtype == F16;
+    if (first + TILE_OUTPUTS <= p.tiled) {
+        for (int64_t i = first * p.groups; i < (first + TILE_OUTPUTS) * p.groups; i += 16, to += 16)
+            store(to, half ? load_f16(static_cast<const uint16_t*>(p.scale) + i) : load(static_cast<const float*>(p.scale) + i));
+        return;
+    }
     __m512i r[16];
     for (int64_t g = 0; g < p.groups; g += 16) {
         __mmask16 part = lanes(p.groups - g);
         for (int i = 0; i < 16; ++i) {
             int64_t at = std::min(first + i, p.outputs - 1) * p.groups + g;
-            if (p.scale_dtype == F16) {
-                __m256i half = _mm256_maskz_loadu_epi16(part, static_cast<const uint16_t*>(p.scale) + at);
-                r[i] = _mm512_castps_si512(_mm512_cvtph_ps(half));
+            if (half) {
+                __m256i halves = _mm256_maskz_loadu_epi16(part, static_cast<const uint16_t*>(p.scale) + at);
+                r[i] = _mm512_castps_si512(_mm512_cvtph_ps(halves));
             } else {
                 r[i] = _mm512_maskz_loadu_epi32(part, static_cast<const float*>(p.scale) + at);
             }
         }
         transpose16(r);
-        for (int64_t j = 0; j < std::min<int64_t>(16, p.groups - g); ++j) _mm512_storeu_si512(to + (g + j) * step, r[j]);
+        for (int64_t j = 0; j < std::min<int64_t>(16, p.groups - g); ++j) _mm512_storeu_si512(to + (g + j) * 16, r[j]);
     }
 }
 
-static inline void pack_zeros(const Linear& p, int64_t first, int32_t* to, int64_t step) {
+static inline void pack_zeros(const Linear& p, int64_t first, int32_t* to) {
     for (int64_t g = 0; g < p.groups; ++g)
-        for (int i = 0; i < 16; ++i) to[g * step + i] = zero_at(p, std::min(first + i, p.outputs - 1), g);
+        for (int i = 0; i < 16; ++i) to[g * 16 + i] = zero_at(p, std::min(first + i, p.outputs - 1), g);
 }
 
 MC_INLINE void finish_lanes(const Linear& p, Rows& rows, int64_t m, int64_t first, __m512 sum) {

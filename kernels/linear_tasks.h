@@ -4,38 +4,38 @@
 // on who takes it nor when, so that any number of threads gives the same bits. Rows are prepared (quantized, or widened where
 // the activations stay float) before the first task runs. No include guard: see simd.h.
 #include "int_tiles.h"
-
-namespace MC_LEVEL {
-
-constexpr int64_t TILE_ROWS = 12, TILE_COLUMNS = 32, TILE_STRIPE = 96;
-
-}  // namespace MC_LEVEL
-
-#include "int4_tiles.h"
 #include "int8_tiles.h"
+#include "int4_tiles.h"
+#include "float_tiles.h"
 
 namespace MC_LEVEL {
+
+constexpr int64_t TILE_ROWS = 12, TILE_STRIPE = 96;
+constexpr int64_t FEW_ROWS = 4;  // up to so many, a tile at a time: what it takes is reading the weights
 
 enum Weights : int64_t { FLOATS = 0, BYTES = 1, NIBBLES = 2 };  // fp32 (rows of floats, no scale), int8, int4 in groups
 
 // What a thread needs to run the tasks of linears up to this size.
 struct Workspace {
-    Scratch<uint8_t> panel;
     Scratch<int8_t> unpacked;
+    Scratch<uint8_t> gathered;
     Scratch<float> widened;
 #if MC_WIDTH == 16
+    Scratch<uint8_t> panel;  // two tiles
     Factors factors;
     Workspace(int64_t inputs, int64_t groups)
-        : panel(size_t(Rows::padded(inputs, 8) * TILE_COLUMNS)), unpacked(size_t(inputs)), widened(size_t(4 * inputs)),
-          factors(inputs, groups) {}
+        : unpacked(size_t(inputs)), gathered(size_t(inputs + 4)), widened(size_t(4 * inputs)),
+          panel(size_t(2 * panel_bytes(inputs))), factors(groups) {}
+    static int64_t panel_bytes(int64_t row_bytes) { return Rows::padded(row_bytes, 4) * TILE_OUTPUTS; }
 #else
-    Workspace(int64_t inputs, int64_t) : panel(1), unpacked(size_t(inputs)), widened(size_t(4 * inputs)) {}
+    Workspace(int64_t inputs, int64_t)
+        : unpacked(size_t(inputs)), gathered(size_t(inputs + 4)), widened(size_t(4 * inputs)) {}
 #endif
 };
 
 // How one linear is cut and run.
 struct Tasks {
-    enum Shape { FLOAT, PLAIN, DOT, TILES };
+    enum Shape { FLOAT, FLOAT_TILES, PLAIN, TILES };
 
     Linear p;
     Weights weights;
@@ -49,22 +49,18 @@ struct Tasks {
     Tasks(const Linear& linear, Weights kind) : p(linear), weights(kind), shape(PLAIN), width(16), chunk(4) {
         if (floats()) shape = FLOAT, width = 4, chunk = 8;
 #if MC_WIDTH == 16
-        else if (weights == BYTES) shape = p.rows <= 2 && p.inputs >= 128 ? DOT : TILES;
-        else if (p.inputs / p.groups % 8 == 0) shape = p.rows == 1 && in_place() ? DOT : TILES;
-        if (shape == TILES) width = TILE_COLUMNS, chunk = 1;
+        const bool aligned = weights == BYTES || (weights == NIBBLES && p.inputs / p.groups % 8 == 0);
+        if (floats() && p.tiled) shape = FLOAT_TILES, width = TILE_OUTPUTS, chunk = 2;
+        else if (!floats() && aligned) shape = TILES;
+        if (shape == TILES && p.rows > FEW_ROWS) width = 2 * TILE_OUTPUTS, chunk = 1;
 #endif
         int64_t runs = ceil_div(p.outputs, width);
         if (shape == TILES && runs < 8) stripes = std::min(ceil_div(8, runs), ceil_div(p.rows, TILE_STRIPE));
         count = runs * stripes;
-        worth = shape == FLOAT ? ceil_div(count, 8) : shape == DOT ? ceil_div(count * p.inputs, 1 << 13) : count;
+        worth = shape == FLOAT ? ceil_div(count, 8) : p.rows <= FEW_ROWS ? ceil_div(count * p.inputs, 1 << 13) : count;
     }
 
     bool floats() const { return weights == FLOATS || p.activation == 2; }
-    bool in_place() const {
-        int64_t size = p.inputs / p.groups;
-        return p.groups == 1 || size % 128 == 0 || size == 64 || size == 32;
-    }
-
     void shape_rows(Rows& rows) const {
         rows.shape(p.rows, p.inputs, floats() ? 1 : p.groups, weights == NIBBLES && shape != PLAIN && !floats());
     }
@@ -80,10 +76,11 @@ struct Tasks {
         if (shape == FLOAT) return run_floats(rows, task * width, work);
         if (shape == PLAIN) {
             int64_t first = task * width;
-            return plain_outputs(p, rows, weights == NIBBLES, first, std::min(p.outputs, first + width), work.unpacked.get());
+            return plain_outputs(p, rows, weights == NIBBLES, first, std::min(p.outputs, first + width), work.unpacked.get(),
+                                 work.gathered.get());
         }
 #if MC_WIDTH == 16
-        if (shape == DOT) return run_dot(rows, task * width, work);
+        if (shape == FLOAT_TILES) return run_float_tile(rows, task * width, work);
         run_tiles(rows, task, work);
 #endif
     }
@@ -95,42 +92,65 @@ struct Tasks {
             if (weights == FLOATS) at[c] = static_cast<const float*>(p.weight) + std::min(first + c, p.outputs - 1) * p.inputs;
             else at[c] = work.widened.get() + std::min(c, p.outputs - 1 - first) * p.inputs;
         }
-        if (weights != FLOATS) widen_weights(p, weights == NIBBLES, first, work.widened.get(), p.inputs);
+        if (weights != FLOATS)
+            widen_weights(p, weights == NIBBLES, first, work.widened.get(), p.inputs, work.gathered.get());
         float_outputs(p, rows, first, at, weights == BYTES, weights == FLOATS);
     }
 
 #if MC_WIDTH == 16
-    void run_dot(Rows& rows, int64_t first, Workspace& work) const {
-        if (weights == BYTES) {
-            if (p.rows == 1) return int8_dot<1>(p, rows, 0, first);
-            return int8_dot<2>(p, rows, 0, first);
+    // Where the tile of 16 outputs from `first` lies: in the weights, or brought into order in `panel`.
+    const uint8_t* tile_at(int64_t first, uint8_t* panel) const {
+        const uint8_t* weight = static_cast<const uint8_t*>(p.weight);
+        const int64_t bytes = p.row_bytes(weights == NIBBLES);
+        if (first + TILE_OUTPUTS <= p.tiled) return weight + first * bytes;
+        if (first < p.outputs) pack_quads(weight, first, p.outputs, bytes, panel);
+        return panel;
+    }
+
+    void run_float_tile(Rows& rows, int64_t first, Workspace& work) const {
+        if (first + TILE_OUTPUTS > p.tiled) {
+            for (int64_t at = first; at < p.outputs; at += 4) run_floats(rows, at, work);
+            return;
         }
-        int64_t size = p.inputs / p.groups;
-        if (p.groups == 1 || size % 128 == 0) int4_dot<0>(p, rows, first, work.factors);
-        else if (size == 64) int4_dot<2>(p, rows, first, work.factors);
-        else int4_dot<4>(p, rows, first, work.factors);
+        const uint8_t* tile = tile_at(first, nullptr);
+        int64_t m = 0;
+        if (weights == NIBBLES) {
+            for (; m + FLOAT_ROWS <= p.rows; m += FLOAT_ROWS) float_tile16<FLOAT_ROWS, true>(p, rows, m, first, tile);
+            for (; m < p.rows; ++m) float_tile16<1, true>(p, rows, m, first, tile);
+        } else {
+            for (; m + FLOAT_ROWS <= p.rows; m += FLOAT_ROWS) float_tile16<FLOAT_ROWS, false>(p, rows, m, first, tile);
+            for (; m < p.rows; ++m) float_tile16<1, false>(p, rows, m, first, tile);
+        }
+    }
+
+    template <int R, int T, bool FETCH>
+    void run_rows(Rows& rows, int64_t m, int64_t first, const uint8_t* const* tile, Workspace& work) const {
+        if (weights == BYTES) int8_tile<R, T, FETCH>(p, rows, m, first, tile);
+        else int4_tile<R, T, FETCH>(p, rows, m, first, tile, work.factors);
+    }
+
+    // `count` rows, at most R - 1.
+    template <int R, int T>
+    void run_rest(Rows& rows, int64_t m, int64_t count, int64_t first, const uint8_t* const* tile, Workspace& work) const {
+        if constexpr (R > 1) {
+            if (count == R - 1) run_rows<R - 1, T, true>(rows, m, first, tile, work);
+            else run_rest<R - 1, T>(rows, m, count, first, tile, work);
+        }
     }
 
     void run_tiles(Rows& rows, int64_t task, Workspace& work) const {
-        int64_t stripe = Rows::padded(ceil_div(p.rows, stripes), TILE_ROWS);
-        int64_t first = task / stripes * TILE_COLUMNS, m = task % stripes * stripe, end = std::min(p.rows, m + stripe);
-        uint8_t* panel = work.panel.get();
-        const int64_t row_bytes = p.row_bytes(weights == NIBBLES);
-        for (int half = 0; half < 2; ++half)
-            pack_quads(static_cast<const uint8_t*>(p.weight), first + 16 * half, p.outputs, row_bytes,
-                       weights == NIBBLES ? 0 : 0x80, panel + 64 * half, 128);
-        if (weights == BYTES) {
-            if (m + TILE_ROWS <= end) int8_tile<TILE_ROWS, true>(p, rows, m, first, panel), m += TILE_ROWS;
-            for (; m + TILE_ROWS <= end; m += TILE_ROWS) int8_tile<TILE_ROWS, false>(p, rows, m, first, panel);
-            if (m < end) int8_rest(p, rows, m, end - m, first, panel);
-            return;
-        }
-        Factors& factors = work.factors;
-        factors.width = TILE_COLUMNS;
-        factors.load(p, first);
-        if (m + TILE_ROWS <= end) int4_tile<TILE_ROWS, true>(p, rows, m, first, panel, factors), m += TILE_ROWS;
-        for (; m + TILE_ROWS <= end; m += TILE_ROWS) int4_tile<TILE_ROWS, false>(p, rows, m, first, panel, factors);
-        if (m < end) int4_rest(p, rows, m, end - m, first, panel, factors);
+        const int64_t stripe = Rows::padded(ceil_div(p.rows, stripes), TILE_ROWS), first = task / stripes * width;
+        const int64_t end = std::min(p.rows, (task % stripes + 1) * stripe);
+        int64_t m = task % stripes * stripe;
+        const int tiles = int(width / TILE_OUTPUTS);
+        const uint8_t* tile[2];
+        for (int t = 0; t < tiles; ++t)
+            tile[t] = tile_at(first + t * TILE_OUTPUTS, work.panel.get() + t * Workspace::panel_bytes(p.row_bytes(weights == NIBBLES)));
+        if (weights == NIBBLES) work.factors.load(p, first, tiles);
+        if (tiles == 1) return run_rest<FEW_ROWS + 1, 1>(rows, m, end - m, first, tile, work);
+        if (m + TILE_ROWS <= end) run_rows<TILE_ROWS, 2, true>(rows, m, first, tile, work), m += TILE_ROWS;
+        for (; m + TILE_ROWS <= end; m += TILE_ROWS) run_rows<TILE_ROWS, 2, false>(rows, m, first, tile, work);
+        run_rest<TILE_ROWS, 2>(rows, m, end - m, first, tile, work);
     }
 #endif
 };

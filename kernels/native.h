@@ -22,6 +22,7 @@
 
 #define MC_EXPORT __attribute__((visibility("default")))
 #define MC_INLINE inline __attribute__((always_inline))
+#define MC_LAMBDA __attribute__((always_inline))
 
 #if defined(__clang__)
 #define MC_PRAGMA(x) _Pragma(#x)

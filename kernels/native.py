@@ -9,9 +9,11 @@ Without it every op runs its torch reference, and ``why_not()`` says so in one l
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
+import mmap
 import os
 import sys
 from collections.abc import Callable
@@ -110,6 +112,18 @@ def view(x: torch.Tensor | None, reverse: bool = False, scale: torch.Tensor | No
         data, token = data + (x.shape[1] - 1) * token * x.element_size(), -token
     return (data, x.stride(0), token, DTYPE_CODES[x.dtype], pointer(scale),
             0 if scale is None or scale.numel() == 1 else 1)
+
+
+def memory(size: int) -> torch.Tensor:
+    """uint8 [size] of its own, zeros, in huge pages where the system gives them: for what is read once a token, where
+    looking up small pages costs more than reading.
+    """
+    kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, max(1, size), flags=kind)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)[:size]
 
 
 def runs_directly(*tensors: torch.Tensor | None) -> bool:

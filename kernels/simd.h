@@ -35,6 +35,9 @@ MC_INLINE V load_i8(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 MC_INLINE V scale_by_power(V p, V n) { return {_mm512_scalef_ps(p.v, n.v)}; }  // p 2^n
+MC_INLINE V where_negative(V x, V a, V b) {  // a where x has its sign bit set, else b
+    return {_mm512_mask_mov_ps(b.v, _mm512_movepi32_mask(_mm512_castps_si512(x.v)), a.v)};
+}
 #elif MC_WIDTH == 8
 struct V {
     __m256 v;
@@ -66,6 +69,7 @@ MC_INLINE V scale_by_power(V p, V n) {  // in two steps, so that the power itsel
     __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
     return {_mm256_mul_ps(_mm256_mul_ps(p.v, first), second)};
 }
+MC_INLINE V where_negative(V x, V a, V b) { return {_mm256_blendv_ps(b.v, a.v, x.v)}; }
 #else
 typedef float Floats __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
@@ -101,6 +105,10 @@ MC_INLINE V load_i8(const int8_t* p) { return {Floats{float(p[0]), float(p[1]), 
 MC_INLINE V scale_by_power(V p, V n) {
     Ints whole = __builtin_convertvector(n.v, Ints), half = whole >> 1, rest = whole - half;
     return {p.v * Floats((half + 127) << 23) * Floats((rest + 127) << 23)};
+}
+MC_INLINE V where_negative(V x, V a, V b) {
+    Ints negative = Ints(x.v) >> 31;
+    return {Floats((Ints(a.v) & negative) | (Ints(b.v) & ~negative))};
 }
 #endif
 
@@ -253,8 +261,10 @@ MC_INLINE V expv(V x) { return exp2v(x * set1(1.44269504f)); }
 MC_INLINE V sigmoid(V x) { return set1(1.0f) / (set1(1.0f) + expv(-x)); }
 
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|), the logarithm as 2 atanh(t / (2 + t)): accurate in relative terms in both tails.
-MC_INLINE V softplus(V x) {
+// slope: its derivative sigmoid(x), from the same exponential, where asked for.
+MC_INLINE V softplus(V x, V* slope = nullptr) {
     V t = expv(-vabs(x));
+    if (slope) *slope = where_negative(x, t, set1(1.0f)) / (set1(1.0f) + t);
     V s = t / (set1(2.0f) + t), q = s * s;
     V p = fma(set1(0.121447787f), q, set1(0.107153705f));
     p = fma(p, q, set1(0.143082984f));

@@ -125,6 +125,7 @@ def load(directory: str | Path, device: str = "cpu") -> Any:
     load_tensors(model_map.host, tensor_files(directory, manifest))
     host = model_map.host.to(device)
     share_head(model_map)  # moving copies a shared buffer twice
+    packed.arrange(host)
     host.eval()
     host.generation_config = generation_config(directory, host)
     return host

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mambacompress import artifact
 from mambacompress.models.families import adopt
-from mambacompress.models.packed import PackedHead
+from mambacompress.models.packed import PackedHead, arrange
 
 
 @register_quantization_config(artifact.METHOD)
@@ -59,6 +59,7 @@ class MambaCompressQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         artifact.share_head(adopt(model, prove=False))
+        arrange(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

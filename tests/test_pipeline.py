@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import mambacompress as mc
-from mambacompress.models import packed
+from mambacompress.models import packed_weight
 from mambacompress.recipe import recipe_names
 
 FAST = {
@@ -167,7 +167,7 @@ def test_packed_weights_are_what_runs_and_all_that_is_kept(
     mc.quantize(source, FAST, calibration=tokens(), out=tmp_path / "out")
     stored = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     ran: list[torch.Size] = []
-    real = packed.int8_linear
+    real = packed_weight.int8_linear
 
     def spy(x: Tensor, qweight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert qweight.dtype == torch.int8
@@ -175,7 +175,7 @@ def test_packed_weights_are_what_runs_and_all_that_is_kept(
         ran.append(qweight.shape)
         return real(x, qweight, *args, **kwargs)
 
-    monkeypatch.setattr(packed, "int8_linear", spy)
+    monkeypatch.setattr(packed_weight, "int8_linear", spy)
     gc.collect()
     before = {id(t) for t in gc.get_objects() if isinstance(t, Tensor)}
     model = mc.load(tmp_path / "out")

@@ -18,24 +18,27 @@ from mambacompress.kernels.int4_linear.reference import (
     dequantize_int4,
     int4_linear_reference,
     pack_nibbles,
+    rows_again,
     unpack_nibbles,
 )
-from mambacompress.kernels.int8_linear import check_input, lacks, qmax_of, wide_dtype
+from mambacompress.kernels.int8_linear import BYTES, check_input, lacks, qmax_of, tile, wide_dtype
 from mambacompress.kernels.int8_linear.cpu import integer_linear
 
 
 def int4_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None = None, bias: Tensor | None = None, *,
     group_size: int, activation: str = "token", act_scale: Tensor | None = None, act_bits: int = 8,
+    tiled: bool = False,
 ) -> Tensor:
     """y [..., O] = x [..., I] Wᵀ + bias, in x's dtype, W = (nibble - zero) * scale.
 
     qweight: uint8 [O, I/2], low nibble = even column; scale: fp32 or fp16 [O, I/group_size]; zero: uint8 of 0..15,
-    the same shape, or None for 8 everywhere; bias: [O]. group_size: even, divides I. The rest as in ``int8_linear``.
+    the same shape, or None for 8 everywhere; bias: [O]. group_size: even, divides I. tiled: qweight, scale and zero
+    were rearranged by ``tiles.tile``. The rest as in ``int8_linear``.
     """
     check_arguments(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
     run = _run if native.runs_directly(x, qweight) else _op
-    return run(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
+    return run(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits, tiled)
 
 
 def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
@@ -55,28 +58,28 @@ def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | No
 
 
 def _run(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int,
-         activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
+         activation: str, act_scale: Tensor | None, act_bits: int, tiled: bool) -> Tensor:
     if registry.choose("int4_linear", x.device, x.dtype, lacks(x, qweight, scale)) == "native":
         return integer_linear("mc_int4_linear", x, qweight, scale, zero, bias, scale.shape[1], activation, act_scale,
-                              act_bits)
+                              act_bits, tiled)
     return int4_linear_reference(x, qweight, scale, zero, bias, group_size=group_size, activation=activation,
-                                 act_scale=act_scale, act_bits=act_bits)
+                                 act_scale=act_scale, act_bits=act_bits, tiled=tiled)
 
 
 @torch.library.custom_op("mambacompress::int4_linear", mutates_args=())
 def _op(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int,
-        activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
-    return _run(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
+        activation: str, act_scale: Tensor | None, act_bits: int, tiled: bool) -> Tensor:
+    return _run(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits, tiled)
 
 
 @_op.register_fake
 def _fake(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int,
-          activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
+          activation: str, act_scale: Tensor | None, act_bits: int, tiled: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scale, zero, _, _, activation, act_scale, act_bits = inputs
+    x, qweight, scale, zero, _, _, activation, act_scale, act_bits, ctx.tiled = inputs
     inside = None
     if activation == "tensor":  # clipped inputs get no gradient
         inside = x.abs() <= act_scale.to(wide_dtype(x)) * qmax_of(act_bits)
@@ -86,8 +89,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     qweight, scale, zero, inside = ctx.saved_tensors
     wide = wide_dtype(grad)
+    if ctx.tiled:
+        qweight, scale, zero = rows_again(qweight, scale, zero)
     grad_x = (grad.to(wide) @ dequantize_int4(qweight, scale, zero, wide)).to(grad.dtype)
-    return (grad_x if inside is None else grad_x * inside, *[None] * 8)
+    return (grad_x if inside is None else grad_x * inside, *[None] * 9)
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -97,10 +102,15 @@ def check() -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(0, 256, (40, 96), generator=generator, dtype=torch.uint8)
     scale, worst = torch.rand(40, 3, generator=generator), 0.0
+    tiles, tile_scale = q.clone(), scale.clone()
+    tile(tiles, BYTES)
+    tile(tile_scale, 1)
     for rows in (1, 30):
         x = torch.randn(rows, 192, generator=generator)
-        y, reference = int4_linear(x, q, scale, group_size=64), int4_linear_reference(x, q, scale, group_size=64)
-        worst = max(worst, float((y - reference).abs().max()))
+        reference = int4_linear_reference(x, q, scale, group_size=64)
+        for y in (int4_linear(x, q, scale, group_size=64),
+                  int4_linear(x, tiles, tile_scale, group_size=64, tiled=True)):
+            worst = max(worst, float((y - reference).abs().max()))
     return worst, 0.0
 
 

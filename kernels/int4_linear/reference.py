@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels.int8_linear.reference import int_matmul, quantize_input, weight_only, wide_dtype
+from mambacompress.kernels.int8_linear.tiles import BYTES, untiled
 
 OFFSET = 8
 
@@ -49,11 +50,19 @@ def dequantize_int4(packed: Tensor, scale: Tensor, zero: Tensor | None, dtype: t
     return (codes.unflatten(-1, (scale.shape[-1], -1)) * scale.to(dtype)[..., None]).flatten(-2)
 
 
+def rows_again(qweight: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Copies of a tiled weight, its scales and zero points as rows."""
+    return untiled(qweight, BYTES), untiled(scale, 1), None if zero is None else untiled(zero, 1)
+
+
 def int4_linear_reference(
     x: Tensor, qweight: Tensor, scale_OG: Tensor, zero_OG: Tensor | None = None, bias_O: Tensor | None = None, *,
     group_size: int, activation: str = "token", act_scale: Tensor | None = None, act_bits: int = 8,
+    tiled: bool = False,
 ) -> Tensor:
     """See ``int4_linear``."""
+    if tiled:
+        qweight, scale_OG, zero_OG = rows_again(qweight, scale_OG, zero_OG)
     wide = wide_dtype(x)
     outputs, inputs = qweight.shape[0], qweight.shape[1] * 2
     x_TI = x.reshape(-1, inputs)

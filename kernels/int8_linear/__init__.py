@@ -24,24 +24,26 @@ from mambacompress.kernels.int8_linear.reference import (
     weight_only,
     wide_dtype,
 )
+from mambacompress.kernels.int8_linear.tiles import BYTES, can_be_tiled, rows_of, tile, untiled
 
 LARGEST_INPUTS = 1 << 16  # 127 * 127 * 2^16 < 2^31: sums stay exact
 
 
 def int8_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, *, activation: str = "token",
-    act_scale: Tensor | None = None, act_bits: int = 8,
+    act_scale: Tensor | None = None, act_bits: int = 8, tiled: bool = False,
 ) -> Tensor:
     """y [..., O] = x [..., I] Wᵀ + bias, in x's dtype.
 
     qweight: int8 [O, I]; scale: fp32 [O]; bias: [O]. activation: ``token``, ``tensor`` (needs act_scale, one number) or
-    ``none``; act_bits: 8 or 4 (range ±127 or ±7, stored as int8 either way). The integer product is exact; a row's
+    ``none``; act_bits: 8 or 4 (range ±127 or ±7, stored as int8 either way). tiled: qweight was rearranged by
+    ``tiles.tile``. The integer product is exact; a row's
     result does not depend on the other rows. Differentiable in x, straight through the rounding. Raises ValueError
     where shapes or modes do not fit.
     """
     check_arguments(x, qweight, scale, bias, activation, act_scale, act_bits)
     run = _run if native.runs_directly(x, qweight) else _op
-    return run(x, qweight, scale, bias, activation, act_scale, act_bits)
+    return run(x, qweight, scale, bias, activation, act_scale, act_bits, tiled)
 
 
 def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str,
@@ -71,10 +73,12 @@ def check_input(op: str, x: Tensor, outputs: int, inputs: int, bias: Tensor | No
 
 
 def _run(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
-         act_bits: int) -> Tensor:
+         act_bits: int, tiled: bool) -> Tensor:
     if registry.choose("int8_linear", x.device, x.dtype, lacks(x, qweight, scale)) == "native":
-        return integer_linear("mc_int8_linear", x, qweight, scale, None, bias, 1, activation, act_scale, act_bits)
-    return int8_linear_reference(x, qweight, scale, bias, activation=activation, act_scale=act_scale, act_bits=act_bits)
+        return integer_linear("mc_int8_linear", x, qweight, scale, None, bias, 1, activation, act_scale, act_bits,
+                              tiled)
+    return int8_linear_reference(x, qweight, scale, bias, activation=activation, act_scale=act_scale, act_bits=act_bits,
+                                 tiled=tiled)
 
 
 def lacks(x: Tensor, *weights: Tensor) -> list[str]:
@@ -85,18 +89,18 @@ def lacks(x: Tensor, *weights: Tensor) -> list[str]:
 
 @torch.library.custom_op("mambacompress::int8_linear", mutates_args=())
 def _op(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
-        act_bits: int) -> Tensor:
-    return _run(x, qweight, scale, bias, activation, act_scale, act_bits)
+        act_bits: int, tiled: bool) -> Tensor:
+    return _run(x, qweight, scale, bias, activation, act_scale, act_bits, tiled)
 
 
 @_op.register_fake
 def _fake(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
-          act_bits: int) -> Tensor:
+          act_bits: int, tiled: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, scale, _, activation, act_scale, act_bits = inputs
+    x, qweight, scale, _, activation, act_scale, act_bits, ctx.tiled = inputs
     inside = None
     if activation == "tensor":  # clipped inputs get no gradient
         inside = x.abs() <= act_scale.to(wide_dtype(x)) * qmax_of(act_bits)
@@ -106,8 +110,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     qweight, scale, inside = ctx.saved_tensors
     wide = wide_dtype(grad)
+    if ctx.tiled:
+        qweight = untiled(qweight, BYTES)
     grad_x = ((grad.to(wide) * scale.to(wide)) @ qweight.to(wide)).to(grad.dtype)
-    return (grad_x if inside is None else grad_x * inside, *[None] * 6)
+    return (grad_x if inside is None else grad_x * inside, *[None] * 7)
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -117,11 +123,15 @@ def check() -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(-127, 128, (40, 192), generator=generator, dtype=torch.int8)
     scale, worst = torch.rand(40, generator=generator), 0.0
+    tiles = q.clone()
+    tile(tiles, BYTES)
     for rows in (1, 30):
         x = torch.randn(rows, 192, generator=generator)
-        worst = max(worst, float((int8_linear(x, q, scale) - int8_linear_reference(x, q, scale)).abs().max()))
+        reference = int8_linear_reference(x, q, scale)
+        for y in (int8_linear(x, q, scale), int8_linear(x, tiles, scale, tiled=True)):
+            worst = max(worst, float((y - reference).abs().max()))
     return worst, 0.0
 
 
-__all__ = ["MODES", "check", "check_input", "int8_linear", "int8_linear_reference", "int_matmul", "lacks", "qmax_of",
-           "quantize_rows", "weight_only", "wide_dtype"]
+__all__ = ["BYTES", "MODES", "can_be_tiled", "check", "check_input", "int8_linear", "int8_linear_reference",
+           "int_matmul", "lacks", "qmax_of", "quantize_rows", "rows_of", "tile", "untiled", "weight_only", "wide_dtype"]

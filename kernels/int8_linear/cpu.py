@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels import native
+from mambacompress.kernels.int8_linear.tiles import tiled_outputs
 
 _MODE_CODES = {"none": 2, "token": 0, "tensor": 1}
 
 
-# ``Linear`` of int_tiles.h: eleven int64 and seven pointers. Packed as bytes: a call costs less than filling a
+# ``Linear`` of int_tiles.h: twelve int64 and seven pointers. Packed as bytes: a call costs less than filling a
 # ctypes.Structure.
-_LINEAR = struct.Struct("@11q7P")
+_LINEAR = struct.Struct("@12q7P")
 
 
 def integer_linear(function: str, x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
-                   groups: int, activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
+                   groups: int, activation: str, act_scale: Tensor | None, act_bits: int, tiled: bool) -> Tensor:
     """y [..., O] in x's dtype by the C function of that name; arguments as in int4_linear, all on the CPU."""
     outputs, inputs = qweight.shape[0], x.shape[-1]
     x_TI = x if x.dim() == 2 else x.reshape(-1, inputs)
@@ -39,9 +40,9 @@ def integer_linear(function: str, x: Tensor, qweight: Tensor, scale: Tensor, zer
         act_scale = act_scale.float()
     dtype, mode = native.DTYPE_CODES[x.dtype], _MODE_CODES[activation]
     native.function(function, (ctypes.c_char_p,))(_LINEAR.pack(
-        rows, inputs, outputs, groups, torch.get_num_threads(), mode, act_bits, x_TI.stride(0), dtype,
-        dtype, native.DTYPE_CODES[scale.dtype], x_TI.data_ptr(), qweight.data_ptr(), scale.data_ptr(),
-        0 if zero is None else zero.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        rows, inputs, outputs, groups, torch.get_num_threads(), mode, act_bits, x_TI.stride(0), dtype, dtype,
+        native.DTYPE_CODES[scale.dtype], tiled_outputs(qweight) if tiled else 0, x_TI.data_ptr(), qweight.data_ptr(),
+        scale.data_ptr(), 0 if zero is None else zero.data_ptr(), 0 if bias is None else bias.data_ptr(),
         0 if act_scale is None else act_scale.data_ptr(), y.data_ptr()))
     return y
 

@@ -22,6 +22,8 @@ import functools
 import torch
 from torch import Tensor
 
+from mambacompress.kernels.int8_linear.tiles import BYTES, untiled
+
 SMALLEST_SCALE = 2.0**-126
 MODES = ("token", "tensor", "none")
 _EXACT_IN_FP32 = 1024  # 1024 * 127 * 127 < 2^24
@@ -114,9 +116,11 @@ def _int_mm_padded(a_TI: Tensor, b_OI: Tensor) -> Tensor:
 
 def int8_linear_reference(
     x: Tensor, qweight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None, *, activation: str = "token",
-    act_scale: Tensor | None = None, act_bits: int = 8,
+    act_scale: Tensor | None = None, act_bits: int = 8, tiled: bool = False,
 ) -> Tensor:
     """See ``int8_linear``."""
+    if tiled:
+        qweight_OI = untiled(qweight_OI, BYTES)
     wide = wide_dtype(x)
     x_TI = x.reshape(-1, x.shape[-1])
     scale_O = scale_O.to(wide)

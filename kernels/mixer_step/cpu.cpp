@@ -28,7 +28,7 @@ using namespace mc;
 
 // A linear as its module holds it: see Linear in int_tiles.h and Weights in linear_tasks.h.
 struct Matrix {
-    int64_t weights, inputs, outputs, groups, activation, act_bits, scale_dtype;
+    int64_t weights, inputs, outputs, groups, activation, act_bits, scale_dtype, tiled;
     const void *weight, *scale;
     const uint8_t* zero;
     const float *bias, *act_scale;
@@ -160,7 +160,7 @@ struct Walker {
     void meet() { barrier.wait(threads); }
 
     Tasks linear(const Matrix& m, const float* x, int64_t x_row, float* y) const {
-        Linear l{p.batch, m.inputs, m.outputs, m.groups, threads, m.activation, m.act_bits, x_row, F32, F32, m.scale_dtype,
+        Linear l{p.batch, m.inputs, m.outputs, m.groups, threads, m.activation, m.act_bits, x_row, F32, F32, m.scale_dtype, m.tiled,
                  x, m.weight, m.scale, m.zero, m.bias, m.act_scale, y};
         Tasks tasks(l, Weights(m.weights));
         if (tasks.shape != Tasks::FLOAT) tasks.chunk = std::max<int64_t>(1, std::min(tasks.chunk, tasks.count / (4 * threads)));

@@ -17,18 +17,19 @@ from torch import Tensor
 from mambacompress.kernels import native
 from mambacompress.kernels.hadamard.cpu import _mix
 from mambacompress.kernels.hadamard.reference import split
+from mambacompress.kernels.int8_linear.tiles import tiled_outputs
 from mambacompress.kernels.mixer_step.reference import BlockState, Conv, Matrix, Rotation, S6Block, SSDBlock
 
 MAX_WIDTH, MAX_BATCH = 16, 64
 _LOG2E = 1.44269504  # as in simd.h
 
-_MATRIX = "7q5P"
+_MATRIX = "8q5P"
 _ROTATION = "2q2P"
 _BLOCK = struct.Struct(f"@10q4d9P{_MATRIX * 4}{_ROTATION * 2}")  # ``Block`` of cpu.cpp
 _STATE = struct.Struct("@4P8q")  # ``State``
 _STEP = struct.Struct("@3q3P")  # ``Step``
 _MODES = {"token": 0, "tensor": 1, "none": 2}
-_NO_MATRIX: tuple[Any, ...] = (0,) * 12
+_NO_MATRIX: tuple[Any, ...] = (0,) * 13
 
 
 def lacks(block: S6Block | SSDBlock) -> list[str]:
@@ -108,8 +109,8 @@ class NativeBlock:
         groups = 1 if scale is None or scale.dim() == 1 else scale.shape[1]
         scale_dtype = 0 if scale is None else native.DTYPE_CODES[scale.dtype]
         return (kind, matrix.inputs, weight.shape[0], groups, _MODES[matrix.activation], matrix.act_bits, scale_dtype,
-                self._at(weight), self._at(scale), self._at(matrix.zero), self._at(matrix.bias),
-                self._at(matrix.act_scale))
+                tiled_outputs(weight) if matrix.tiled else 0, self._at(weight), self._at(scale), self._at(matrix.zero),
+                self._at(matrix.bias), self._at(matrix.act_scale))
 
     def _rotation(self, rotation: Rotation | None) -> tuple[int, int, int, int]:
         if rotation is None:

@@ -46,6 +46,7 @@ class Matrix:
     activation: str = "none"
     act_scale: Tensor | None = None
     act_bits: int = 8
+    tiled: bool = False
 
     @property
     def inputs(self) -> int:
@@ -160,9 +161,9 @@ def _linear(x: Tensor, matrix: Matrix) -> Tensor:
     if weight.dtype == torch.uint8:
         return int4_linear(x, weight, scale.reshape(len(weight), -1), matrix.zero, matrix.bias,
                            group_size=matrix.group_size or matrix.inputs, activation=matrix.activation,
-                           act_scale=matrix.act_scale, act_bits=matrix.act_bits)
+                           act_scale=matrix.act_scale, act_bits=matrix.act_bits, tiled=matrix.tiled)
     return int8_linear(x, weight, scale, matrix.bias, activation=matrix.activation, act_scale=matrix.act_scale,
-                       act_bits=matrix.act_bits)
+                       act_bits=matrix.act_bits, tiled=matrix.tiled)
 
 
 def _conv(x_BLC: Tensor, conv: Conv, state: BlockState) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,9 @@ inline void read_rows(const View& view, const Scan& p, int64_t b, int64_t group,
 // dt of a tile: bias added, softplus taken; slope[token] = d dt / d raw where asked for.
 MC_INLINE V step_size(const Scan& p, V raw, V bias, V* slope) {
     raw = raw + bias;
-    if (slope) *slope = p.softplus ? sigmoid(raw) : set1(1.0f);
-    return p.softplus ? softplus(raw) : raw;
+    if (p.softplus) return softplus(raw, slope);
+    if (slope) *slope = set1(1.0f);
+    return raw;
 }
 
 // What a tile holds of one block of channels on the way forward.
@@ -83,7 +84,7 @@ MC_INLINE void read_channels(const Scan& p, int64_t c, int count, float* bias, f
 
 // What a tile holds of one block of channels while its states are walked.
 struct Tile {
-    V dt[TILE], dtu[TILE], u[TILE], y[TILE], slope[TILE], gy[TILE], gB[TILE], gA[TILE];
+    V dt[TILE], dtu[TILE], u[TILE], y[TILE], slope[TILE], gate[TILE], gy[TILE], gB[TILE], gA[TILE];  // gate: its sigmoid
 };
 
 // G states of one block of channels over a tile, forward again from the checkpoint and then back. dB, dC: [token][G][W] sums
@@ -303,7 +304,8 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
                 at.gy[t] = read(g.dy, b, start + t, c, count);
                 if (p.z.data) {
                     V z = read(p.z, b, start + t, c, count);
-                    at.gy[t] = at.gy[t] * (z * sigmoid(load(z_scale + k * W) * z));
+                    at.gate[t] = sigmoid(load(z_scale + k * W) * z);
+                    at.gy[t] = at.gy[t] * (z * at.gate[t]);
                 }
                 store(dD_all + k * W, fma(at.gy[t], at.u[t], load(dD_all + k * W)));
                 at.y[t] = at.gB[t] = at.gA[t] = zero();
@@ -325,7 +327,7 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
                 const int count = int(std::min<int64_t>(W, last - c));
                 const Tile& at = tile_memory[size_t(k)];
                 if (g.dz.data) {  // d(z s)/dz = s (1 + z_scale z (1 - s))
-                    V z = read(p.z, b, start + t, c, count), scaled = load(z_scale + k * W) * z, s = sigmoid(scaled);
+                    V z = read(p.z, b, start + t, c, count), scaled = load(z_scale + k * W) * z, s = at.gate[t];
                     V rise = s * fma(scaled, set1(1.0f) - s, set1(1.0f));
                     V y = fma(load(D + k * W), at.u[t], at.y[t]);
                     write(g.dz, b, start + t, c, count, read(g.dy, b, start + t, c, count) * y * rise);

@@ -9,196 +9,22 @@ transformers touches ``weight`` of modules it did not write (``_init_weights``, 
 answers with the right shape, dtype and device from one single NaN, which is no parameter and in no state dict.
 Whoever multiplies it past the packed forward gets NaN, not a wrong answer; what is written to it goes nowhere.
 
-Legend: O outputs, I inputs, G groups, g group size, V vocabulary, D d_model.
+``arrange`` reorders the codes of a loaded model for the native kernels of this processor (``tiled``); state dicts,
+lookups and ``codes()`` show rows as before.
+
+Legend: O outputs, I inputs, V vocabulary, D d_model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mambacompress.kernels import native
 from mambacompress.kernels.hadamard import hadamard, hadamard_matrix, largest_block, supported
-from mambacompress.kernels.int4_linear import int4_linear
-from mambacompress.kernels.int8_linear import int8_linear
-from mambacompress.numerics import (
-    NIBBLE_OFFSET,
-    Grid,
-    dequantize,
-    pack_int4,
-    quantize_asymmetric,
-    round_to_nearest,
-    unpack_int4,
-)
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """bits: 8 or 4. group_size: columns that share a scale, None for a whole row. symmetric: no zero points."""
-
-    bits: int
-    group_size: int | None = None
-    symmetric: bool = True
-
-    def __post_init__(self) -> None:
-        if self.bits not in (8, 4):
-            raise ValueError(f"weights have 8 or 4 bits, not {self.bits}")
-        if self.bits == 8 and (self.group_size is not None or not self.symmetric):
-            raise ValueError("int8 weights are symmetric with one scale a row: no groups, no zero points")
-
-    @property
-    def grid(self) -> Grid:
-        """What its codes are rounded to."""
-        return Grid(self.bits, self.group_size)
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        return self.grid.scale_dtype
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> WeightFormat:
-        return cls(**value)
-
-
-@dataclass(frozen=True)
-class ActivationFormat:
-    """mode: token (dynamic, a scale a token), tensor (static) or none (float). bits: 8 or 4 (int4-range codes)."""
-
-    mode: str = "none"
-    bits: int = 8
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("token", "tensor", "none") or self.bits not in (8, 4):
-            raise ValueError(f"activations are token, tensor or none at 8 or 4 bits, not {self.mode} at {self.bits}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> ActivationFormat:
-        return cls(**value)
-
-
-class _Packed(nn.Module):
-    """Codes and scales of a [rows, columns] matrix.
-
-    qweight: int8 [rows, columns], or uint8 [rows, columns / 2]. scale: [rows], or [rows, G] with groups. zero: uint8
-    [rows, G] where the format has zero points. dtype: the float dtype this module stands for.
-    """
-
-    qweight: Tensor
-    scale: Tensor
-    zero: Tensor | None
-
-    def __init__(self, rows: int, columns: int, weights: WeightFormat) -> None:
-        super().__init__()
-        group = columns if weights.group_size is None else weights.group_size
-        if weights.bits == 4 and columns % 2:
-            raise ValueError(f"a [{rows}, {columns}] weight has an odd number of columns: two 4-bit codes "
-                             "share a byte")
-        if group < 1 or columns % group or (weights.bits == 4 and group % 2):
-            raise ValueError(f"groups of {group} do not divide the {columns} columns of a [{rows}, {columns}] weight "
-                             "evenly")
-        self.rows, self.columns, self.weights, self.dtype = rows, columns, weights, torch.float32
-        shape = (rows, columns) if weights.bits == 8 else (rows, columns // 2)
-        self.register_buffer("qweight", torch.zeros(shape, dtype=torch.int8 if weights.bits == 8 else torch.uint8))
-        scales = (rows,) if weights.group_size is None else (rows, columns // group)
-        self.register_buffer("scale", torch.ones(scales, dtype=weights.scale_dtype))
-        zeros = None if weights.symmetric else torch.full((rows, columns // group), NIBBLE_OFFSET, dtype=torch.uint8)
-        self.register_buffer("zero", zeros)
-
-    def _fill(self, weight: Tensor | None, codes: Tensor | None, scale: Tensor | None,
-              zero: Tensor | None = None) -> None:
-        """From a float weight by rounding to nearest, or from codes chosen elsewhere (zero: int8 -8..7, as the
-        codes).
-        """
-        weights = self.weights
-        if codes is None or scale is None:
-            if weight is None:
-                raise ValueError("a packed module is made from a float weight, or from codes and scales")
-            if weights.symmetric:
-                codes, scale = round_to_nearest(weight.detach(), weights.grid)
-            else:
-                codes, scale, zero = quantize_asymmetric(weight.detach(), weights.grid)
-            scale = scale.reshape(self.scale.shape)
-        if scale.shape != self.scale.shape or codes.shape != (self.rows, self.columns):
-            raise ValueError(f"codes {tuple(codes.shape)} and scales {tuple(scale.shape)} do not fit "
-                             f"[{self.rows}, {self.columns}] with scales {tuple(self.scale.shape)}")
-        if (scale.to(self.scale.dtype).to(scale.dtype) != scale).any():
-            raise ValueError(f"the scales do not survive being stored as {self.scale.dtype}")
-        if (zero is None) != weights.symmetric:
-            raise ValueError("zero points go with an asymmetric format, and only with one")
-        self.qweight = pack_int4(codes) if weights.bits == 4 else codes.to(torch.int8).contiguous()
-        self.scale = scale.to(self.scale.dtype).contiguous()
-        if zero is not None:
-            self.zero = (zero.to(torch.int8) + NIBBLE_OFFSET).to(torch.uint8).reshape(self.rows, -1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move buffers, never convert them: codes and scales keep their dtypes."""
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device)).dtype
-
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        return super()._apply(moved, recurse)
-
-    @property
-    def weight(self) -> Tensor:
-        """Shape, dtype and device of the float weight this stands for: one NaN, expanded."""
-        shape = (self.rows, self.columns)
-        answer = torch.full((1, 1), float("nan"), dtype=self.dtype, device=self.qweight.device).expand(shape)
-        answer._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves such tensors alone
-        return answer
-
-    def codes(self) -> Tensor:
-        """int8 [rows, columns]; with zero points, codes - zero."""
-        return self._codes(self.qweight, self.zero)
-
-    def _codes(self, qweight: Tensor, zero: Tensor | None) -> Tensor:
-        if self.weights.bits == 8:
-            return qweight
-        codes = unpack_int4(qweight)
-        if zero is None:
-            return codes
-        shift = zero.to(torch.int8) - NIBBLE_OFFSET
-        return (codes.unflatten(-1, (zero.shape[-1], -1)) - shift[..., None]).flatten(-2)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The float weight the codes stand for, [rows, columns]."""
-        return dequantize(self.codes(), self.scale, dtype)
-
-    def nbytes(self) -> int:
-        """Bytes of every tensor of this module."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
-
-    def _multiply(self, x: Tensor, bias: Tensor | None, activations: ActivationFormat,
-                  act_scale: Tensor | None) -> Tensor:
-        if self.weights.bits == 4:
-            return int4_linear(x, self.qweight, self.scale.reshape(self.rows, -1), self.zero, bias,
-                               group_size=self.weights.group_size or self.columns, activation=activations.mode,
-                               act_scale=act_scale, act_bits=activations.bits)
-        return int8_linear(x, self.qweight, self.scale, bias, activation=activations.mode, act_scale=act_scale,
-                           act_bits=activations.bits)
-
-    def _lookup(self, ids: Tensor) -> Tensor:
-        """Rows [..., columns] in ``dtype``; only these rows are dequantized."""
-        flat = ids.reshape(-1)
-        if self.weights.bits == 8:
-            rows = self.qweight.index_select(0, flat).float() * self.scale.index_select(0, flat)[:, None]
-            return rows.to(self.dtype).reshape(*ids.shape, self.columns)
-        codes = self._codes(self.qweight[flat], None if self.zero is None else self.zero[flat])
-        rows = dequantize(codes, self.scale[flat])
-        return rows.to(self.dtype).reshape(*ids.shape, self.columns)
-
-    def extra_repr(self) -> str:
-        return f"{self.rows}, {self.columns}, {self.weights}"
+from mambacompress.models.packed_weight import ActivationFormat, PackedWeight, WeightFormat
 
 
 def _static(activations: ActivationFormat, act_scale: Tensor | float | None) -> Tensor | None:
@@ -213,7 +39,7 @@ def _static(activations: ActivationFormat, act_scale: Tensor | float | None) -> 
     return value.clone()
 
 
-class PackedLinear(_Packed):
+class PackedLinear(PackedWeight):
     """y = x Wᵀ + b with packed W [O, I]; bias: fp32 [O]."""
 
     bias: Tensor | None
@@ -251,7 +77,7 @@ class PackedLinear(_Packed):
         return self._multiply(x, self.bias, self.activations, self.act_scale)
 
 
-class PackedEmbedding(_Packed):
+class PackedEmbedding(PackedWeight):
     """Rows of a packed [V, D] table; only the rows looked up are dequantized."""
 
     def __init__(self, vocabulary: int, size: int, *, weights: WeightFormat) -> None:
@@ -274,7 +100,7 @@ class PackedEmbedding(_Packed):
         return self._lookup(ids)
 
 
-class PackedHead(_Packed):
+class PackedHead(PackedWeight):
     """logits = (x T) Wᵀ + b; W [V, D] is the embedding's own tensors where tied, T [D, D] an optional float matrix
     before it.
     """
@@ -327,7 +153,7 @@ class PackedHead(_Packed):
         if (not isinstance(embedding, PackedEmbedding) or embedding.weights != self.weights
                 or (embedding.rows, embedding.columns) != (self.rows, self.columns)):
             raise ValueError("a tied packed head needs a packed embedding of the same format and shape")
-        self.qweight, self.scale, self.zero = embedding.qweight, embedding.scale, embedding.zero
+        self.share(embedding)
 
     def spec(self) -> dict[str, Any]:
         return {"type": "PackedHead", "vocabulary": self.rows, "size": self.columns, "weights": self.weights.to_dict(),
@@ -381,6 +207,40 @@ class OnlineHadamard(nn.Module):
 PACKED = (PackedLinear, PackedEmbedding, PackedHead)
 
 
+def arrange(model: nn.Module) -> None:
+    """Rearrange every packed weight of a model for the native kernels of this processor: one weight after the other in
+    memory of their own, each in tiles; the old tensors are let go one by one.
+
+    Tensors that modules share stay shared; nothing happens where the kernels take rows.
+    """
+    if native.library() is None or native.level() != "avx512":
+        return
+    modules = [module for module in model.modules() if isinstance(module, PACKED) and module.tileable()]
+    owners = {module.qweight.data_ptr(): module for module in reversed(modules)}
+    sharers = [(module, owners[module.qweight.data_ptr()]) for module in modules]
+    owned = [module for module, owner in sharers if module is owner]
+    tensors = [t for m in owned for t in (m.qweight, m.scale, m.zero) if t is not None]
+    memory, start = native.memory(sum(_in_lines(t.nbytes) for t in tensors)), 0
+    del tensors
+
+    def copied(tensor: Tensor) -> Tensor:
+        nonlocal start
+        place = memory[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        start += _in_lines(tensor.nbytes)
+        return place.copy_(tensor)
+
+    for module in owned:
+        module.tile(copied)
+    for module, owner in sharers:
+        if module is not owner:
+            module.share(owner)
+
+
+def _in_lines(size: int) -> int:
+    """Rounded up to whole cache lines."""
+    return -(-size // 64) * 64
+
+
 def build(spec: dict[str, Any]) -> nn.Module:
     """The empty module a ``spec()`` of this file describes. Raises ValueError for an unknown type."""
     kinds: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (*PACKED, OnlineHadamard)}
@@ -392,3 +252,7 @@ def build(spec: dict[str, Any]) -> nn.Module:
     if "activations" in arguments:
         arguments["activations"] = ActivationFormat.from_dict(arguments["activations"])
     return kinds[spec["type"]](**arguments)
+
+
+__all__ = ["PACKED", "ActivationFormat", "OnlineHadamard", "PackedEmbedding", "PackedHead", "PackedLinear",
+           "WeightFormat", "arrange", "build"]

@@ -44,7 +44,7 @@ from mambacompress.models.orders import SUM
 from mambacompress.models.packed import OnlineHadamard, PackedLinear
 from mambacompress.models.paths import DepthwiseConv, Gate, RMSNorm, SelectiveProjection, WeightlessNorm, negative_exp
 
-_WATCHED = ("tap", "activations", "variance_epsilon")  # attributes of modules that are no tensors or modules
+_WATCHED = ("tap", "activations", "variance_epsilon", "tiled")  # attributes of modules that are no tensors or modules
 
 
 class NotFused(Exception):
@@ -191,7 +191,7 @@ def _matrix(module: nn.Module) -> Matrix:
         bias, act_scale, zero = (None if t is None else _data(t) for t in (module.bias, module.act_scale, module.zero))
         activations = module.activations
         return Matrix(_data(module.qweight), bias, _data(module.scale), zero, module.weights.group_size,
-                      activations.mode, act_scale, activations.bits)
+                      activations.mode, act_scale, activations.bits, module.tiled)
     raise NotFused(f"a {type(module).__name__} as a projection")
 
 

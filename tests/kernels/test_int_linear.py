@@ -173,9 +173,9 @@ def test_op_registration() -> None:
     x, q, scale, bias = int8_problem(2, 16, 5)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     ops = torch.ops.mambacompress
-    torch.library.opcheck(ops.int8_linear, (x, q, scale, bias, "token", None, 8), test_utils=tests)
+    torch.library.opcheck(ops.int8_linear, (x, q, scale, bias, "token", None, 8, False), test_utils=tests)
     four = int4_problem(2, 16, 5, 8)
-    torch.library.opcheck(ops.int4_linear, (*four.values(), 8, "tensor", torch.tensor(0.1), 8), test_utils=tests)
+    torch.library.opcheck(ops.int4_linear, (*four.values(), 8, "tensor", torch.tensor(0.1), 8, False), test_utils=tests)
 
 
 def test_fp32_fallback_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

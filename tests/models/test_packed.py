@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mambacompress import numerics
+from mambacompress.kernels import native
 from mambacompress.models.packed import (
     PACKED,
     ActivationFormat,
@@ -20,6 +21,7 @@ from mambacompress.models.packed import (
     PackedHead,
     PackedLinear,
     WeightFormat,
+    arrange,
     build,
 )
 
@@ -233,3 +235,53 @@ def test_formats_are_values() -> None:
         assert type(value).from_dict(json.loads(json.dumps(value.to_dict()))) == value
     assert len({INT8, WeightFormat(8)}) == 1
     assert [kind.__name__ for kind in PACKED] == ["PackedLinear", "PackedEmbedding", "PackedHead"]
+
+
+# -- arranged for the native kernels ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiles() -> None:
+    if native.library() is None or native.level() != "avx512":
+        pytest.skip("the kernels of this machine take weights as rows")
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("name", list(every_module()))
+def test_arranging_changes_no_result(name: str) -> None:
+    module = every_module()[name]
+    if getattr(module, "activations", NONE).mode == "none" and not isinstance(module, PackedEmbedding):
+        tolerance = 1e-5  # sums of floats in another order
+    else:
+        tolerance = 0.0
+    before, stored = run(module), {key: value.clone() for key, value in module.state_dict().items()}
+    codes = module.codes().clone() if isinstance(module, PACKED) else None
+    arrange(module)
+    arrange(module)
+    torch.testing.assert_close(run(module), before, rtol=tolerance, atol=tolerance)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, stored[key]), key
+    if codes is not None:
+        assert torch.equal(module.codes(), codes)
+        twin = build(module.spec())
+        arrange(twin)
+        twin.load_state_dict(stored)
+        torch.testing.assert_close(run(twin), before, rtol=tolerance, atol=tolerance)
+        assert copy.deepcopy(module).tiled is module.tiled
+
+
+@pytest.mark.usefixtures("tiles")
+def test_a_tied_head_is_arranged_once() -> None:
+    table = torch.randn(37, 48)
+    embedding = PackedEmbedding.from_float(table, weights=INT8)
+    model = nn.ModuleDict({"head": PackedHead.sharing(embedding, activations=TOKEN), "embedding": embedding})
+    h, ids_L = torch.randn(3, 48), torch.arange(37)
+    logits, rows = model["head"](h), embedding(ids_L)
+    arrange(model)
+    assert model["head"].tiled
+    assert embedding.tiled
+    assert model["head"].qweight is embedding.qweight
+    assert torch.equal(model["head"](h), logits)
+    assert torch.equal(embedding(ids_L), rows)
+    later = PackedHead.sharing(embedding, activations=TOKEN)
+    assert torch.equal(later(h), logits)

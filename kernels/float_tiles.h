@@ -1,0 +1,169 @@
+// Linears whose activations stay float, for the level under which this file is included: weights are fp32 rows, or become
+// floats on their way. No include guard: see simd.h.
+//
+//     rows    a lane sums every W-th input in order, then lanes are added in a tree; packed rows become floats, four at a time,
+//             in cache.
+//     tiles   (AVX-512, see int_tiles.h) a lane is an output; byte j of a quad is summed by accumulator j (nibbles 2j and 2j + 1
+//             by accumulators 2j and 2j + 1, modulo 4), a group's sum is multiplied by its scale and added to the total.
+//
+// Either way a row's result does not depend on how many rows there are.
+namespace MC_LEVEL {
+
+MC_INLINE float sum_of(V x) {
+#if MC_WIDTH == 16
+    __m256 a = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, x.v, 0), _mm512_maskz_extractf32x8_ps(0xff, x.v, 1));
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+#else
+    return lane_sum(x);
+#endif
+}
+
+// RA rows of x times one row of n floats, which comes from memory and is read in order, once; the sums of float_tile.
+template <int RA>
+MC_INLINE void float_row(const float* const* x, const float* w, int64_t n, float* out) {
+    V total[RA];
+    for (int r = 0; r < RA; ++r) total[r] = zero();
+    int64_t k = 0;
+    for (; k + W <= n; k += W) {
+        V weight = load(w + k);
+        for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), weight, total[r]);
+    }
+    if (k < n) {
+        V weight = load_part(w + k, int(n - k));
+        for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), weight, total[r]);
+    }
+    for (int r = 0; r < RA; ++r) out[r] = sum_of(total[r]);
+}
+
+// RA rows of x times 4 rows of n floats, [RA][4]; a lane sums every W-th input in order, then lanes are added in a
+// tree. x has zeros behind its end.
+template <int RA>
+MC_INLINE void float_tile(const float* const* x, const float* const* w, int64_t n, float (*out)[4]) {
+    V total[RA][4];
+    for (int r = 0; r < RA; ++r)
+        for (int c = 0; c < 4; ++c) total[r][c] = zero();
+    int64_t k = 0;
+    for (; k + W <= n; k += W)
+        for (int c = 0; c < 4; ++c) {
+            V weight = load(w[c] + k);
+            for (int r = 0; r < RA; ++r) total[r][c] = fma(load(x[r] + k), weight, total[r][c]);
+        }
+    if (k < n)
+        for (int c = 0; c < 4; ++c) {
+            V weight = load_part(w[c] + k, int(n - k));
+            for (int r = 0; r < RA; ++r) total[r][c] = fma(load(x[r] + k), weight, total[r][c]);
+        }
+    for (int r = 0; r < RA; ++r)
+        for (int c = 0; c < 4; ++c) out[r][c] = sum_of(total[r][c]);
+}
+
+// 4 weight rows from `first` as floats in `to`, [4][step]. Group scales are applied to the weight, a row's own after the sum.
+// gathered: scratch of a row of bytes.
+static inline void widen_weights(const Linear& p, bool nibbles, int64_t first, float* to, int64_t step, uint8_t* gathered) {
+    const int64_t group_size = p.inputs / p.groups;
+    for (int64_t output = first; output < std::min(first + 4, p.outputs); ++output, to += step) {
+        const uint8_t* from = row_of(p, nibbles, output, gathered);
+        if (!nibbles) {
+            for (int64_t i = 0; i < p.inputs; ++i) to[i] = float(int8_t(from[i]));
+            continue;
+        }
+        for (int64_t g = 0; g < p.groups; ++g) {
+            float scale = scale_at(p, output, g);
+            int offset = zero_at(p, output, g);
+            for (int64_t i = g * group_size / 2; i < (g + 1) * group_size / 2; ++i) {
+                to[2 * i] = float((from[i] & 15) - offset) * scale;
+                to[2 * i + 1] = float((from[i] >> 4) - offset) * scale;
+            }
+        }
+    }
+}
+
+// Outputs [first, first + 4) for all rows. weights: 4 rows of floats; scaled: their scale is still to come; in_order: they come
+// from memory, where four streams at a time are slower than one.
+static inline void float_outputs(const Linear& p, Rows& rows, int64_t first, const float* const* weights, bool scaled,
+                                 bool in_order) {
+    const int columns = int(std::min<int64_t>(4, p.outputs - first));
+    for (int64_t m = 0; m < p.rows;) {
+        float out[4][4];
+        const float* x[4];
+        const int count = p.rows - m >= 4 ? 4 : 1;
+        for (int r = 0; r < count; ++r) x[r] = rows.floats.get() + (m + r) * rows.stride;
+        if (in_order) {
+            for (int c = 0; c < columns; ++c) {
+                float sums[4];
+                if (count == 4) float_row<4>(x, weights[c], p.inputs, sums);
+                else float_row<1>(x, weights[c], p.inputs, sums);
+                for (int r = 0; r < count; ++r) out[r][c] = sums[r];
+            }
+        } else if (count == 4) {
+            float_tile<4>(x, weights, p.inputs, out);
+        } else {
+            float_tile<1>(x, weights, p.inputs, out);
+        }
+        for (int r = 0; r < count; ++r)
+            for (int c = 0; c < columns; ++c) {
+                float y = scaled ? out[r][c] * scale_at(p, first + c, 0) : out[r][c];
+                if (p.bias) y = y + p.bias[first + c];
+                store_one(p.y, (m + r) * p.outputs + first + c, int(p.y_dtype), y);
+            }
+        m += count;
+    }
+}
+
+#if MC_WIDTH == 16
+
+constexpr int FLOAT_ROWS = 4;  // rows in registers, four accumulators each
+alignas(64) constexpr float NIBBLE_VALUES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+// R rows from m by the tile of 16 outputs from `first`. A nibble's value comes from a table, with 8 as the zero point; what the
+// weight's own one differs from that is added.
+template <int R, bool NIBBLE>
+static inline void float_tile16(const Linear& p, Rows& rows, int64_t m, int64_t first, const uint8_t* tile) {
+    const float* x[R];
+    for (int r = 0; r < R; ++r) x[r] = rows.floats.get() + (m + r) * rows.stride;
+    const int64_t quads = p.row_bytes(NIBBLE) / 4 / p.groups;
+    const V table = load(NIBBLE_VALUES);
+    V total[R];
+    for (int64_t g = 0; g < p.groups; ++g) {
+        V acc[R][4], offset = zero();
+        if (NIBBLE && p.zero) {
+            const __m128i points = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p.zero + factor_index(p, first, g)));
+            offset.v = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(8), _mm512_cvtepu8_epi32(points)));
+        }
+        MC_UNROLL(4)
+        for (int r = 0; r < R; ++r) {
+            MC_UNROLL(4)
+            for (int j = 0; j < 4; ++j) acc[r][j] = zero();
+        }
+        for (int64_t q = g * quads; q < (g + 1) * quads; ++q) {
+            _mm_prefetch(tile + q * 64 + AHEAD, _MM_HINT_T1);
+            const __m512i bytes = _mm512_loadu_si512(tile + q * 64);
+            MC_UNROLL(8)
+            for (int j = 0; j < (NIBBLE ? 8 : 4); ++j) {
+                V w;
+                if (NIBBLE) w = V{_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4 * j), table.v)} + offset;
+                else w.v = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bytes, 24 - 8 * j), 24));
+                MC_UNROLL(4)
+                for (int r = 0; r < R; ++r) acc[r][j & 3] = fma(set1(x[r][q * (NIBBLE ? 8 : 4) + j]), w, acc[r][j & 3]);
+            }
+        }
+        V scale;
+        if (p.scale_dtype == F16) scale = load_f16(static_cast<const uint16_t*>(p.scale) + factor_index(p, first, g));
+        else scale = load(static_cast<const float*>(p.scale) + factor_index(p, first, g));
+        MC_UNROLL(4)
+        for (int r = 0; r < R; ++r) {
+            const V part = ((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3])) * scale;
+            total[r] = g == 0 ? part : total[r] + part;
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        if (p.bias) total[r] = total[r] + load(p.bias + first);
+        put(p.y, (m + r) * p.outputs + first, p.y_dtype, total[r].v, 0xffff);
+    }
+}
+
+#endif
+
+}  // namespace MC_LEVEL
