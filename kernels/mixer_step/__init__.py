@@ -8,6 +8,7 @@ Legend: B batch, D d_model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def mixer_step(h_BD: Tensor, blocks: Sequence[S6Block | SSDBlock],
     """
     missing = [what for block in blocks for what in lacks(block)]
     if h_BD.dtype != torch.float32 or not all(map(fits, states)):
-        missing.append("states and residuals that are not fp32")
+        missing.append("residuals that are not fp32, and states that are neither fp32 nor int8")
     if len(h_BD) > MAX_BATCH:
         missing.append(f"batches above {MAX_BATCH}")
     if choose("mixer_step", h_BD.device, h_BD.dtype, sorted(set(missing))) != "native":
@@ -74,7 +75,8 @@ def check() -> tuple[float, float]:
     h_BD = randn(2, 24)
     with torch.no_grad():
         (y, new), (y_ref, new_ref) = (op(h_BD, [s6, ssd], states) for op in (mixer_step, mixer_step_reference))
-    pairs = [(y, y_ref), *((a, b) for n, r in zip(new, new_ref, strict=True) for a, b in zip(n, r, strict=True))]
+    pairs: list[Any] = [(y, y_ref)]
+    pairs += [(a, b) for n, r in zip(new, new_ref, strict=True) for a, b in zip(n, r, strict=True)]
     return max(rms_ratio(a, b) for a, b in pairs), TOLERANCE
 
 

@@ -58,12 +58,17 @@ struct Block {
     int64_t conv_offset() const { return ssd ? channels : 0; }
 };
 
-// The state of a block before and after the step; both may be the same memory. Strides count floats.
+// The state of a block before and after the step; both may be the same memory. Strides count floats. Of an int8 state, `from`
+// and `to` are the scales, Mamba-1's codes lie as [M, N, E], and steps_to is written when the step is over.
 struct State {
     const float *conv_from, *from;
     float *conv_to, *to;
     int64_t conv_from_batch, conv_from_token, conv_from_channel, conv_to_batch, conv_to_token, conv_to_channel;
     int64_t from_states_first, to_states_first;  // Mamba-1: 1 where the state lies as [M, N, E], 0 as [M, E, N]
+    const int8_t* codes_from;                    // null: the state is fp32
+    int8_t* codes_to;
+    const int64_t* steps_from;  // [M]
+    int64_t* steps_to;
 };
 
 struct Step {
@@ -90,6 +95,7 @@ extern "C" MC_EXPORT void mc_mixer_step(const void* p) { MC_DISPATCH(mixer_step,
 #include "norm_rows.h"
 #include "hadamard_rows.h"
 #include "state_tiles.h"
+#include "state8_tiles.h"
 
 namespace MC_LEVEL {
 namespace {
@@ -251,10 +257,42 @@ struct Walker {
         for (int64_t t = 0; t < K; ++t) taps[t] = gather_part(weight + t, K, count);
     }
 
-    // Asks the cache for channels [first, last) of `rows` rows, `step` floats apart, ahead of their use.
-    static MC_INLINE void fetch(const float* at, int64_t step, int64_t rows, int64_t first, int64_t last, int64_t end) {
-        for (int64_t c = first; c < std::min(last, end); c += 16)
+    // Asks the cache for channels [first, last) of `rows` rows, `step` elements apart, ahead of their use.
+    template <typename T>
+    static MC_INLINE void fetch(const T* at, int64_t step, int64_t rows, int64_t first, int64_t last, int64_t end) {
+        for (int64_t c = first; c < std::min(last, end); c += 64 / int64_t(sizeof(T)))
             for (int64_t n = 0; n < rows; ++n) __builtin_prefetch(at + n * step + c);
+    }
+
+    // The states of `count` channels from c on, moved on by one token; the parts are [N][W].
+    void advance_floats(const State& s, Advance advance, int64_t m, int64_t c, int64_t E, int count, float* from_part,
+                        float* to_part) {
+        const int64_t N = advance.N;
+        const bool whole = count == W;
+        const float* from = s.from + m * E * N + (s.from_states_first ? c : c * N);
+        float* to = s.to + m * E * N + (s.to_states_first ? c : c * N);
+        if (!s.from_states_first) {
+            gather(from, N, count, from_part);
+        } else if (whole) {
+            advance.from = from, advance.from_step = E;
+        } else {
+            for (int64_t n = 0; n < N; ++n) store(from_part + n * W, load_part(from + n * E, count));
+        }
+        if (s.to_states_first && whole) advance.to = to, advance.to_step = E;
+        for_states<FORWARD_STATES>(N, advance);
+        if (!s.to_states_first) {
+            scatter(to_part, N, count, to);
+        } else if (!whole) {
+            for (int64_t n = 0; n < N; ++n) store_part(to + n * E, load(to_part + n * W), count);
+        }
+    }
+
+    void advance_codes(const State& s, const Advance& advance, int64_t m, int64_t c, int64_t E, int count, float* from_part,
+                       float* to_part) {
+        const int64_t N = advance.N, at = m * N * E + c;
+        dequantize_channels(s.codes_from + at, E, N, s.from + m * E + c, count, from_part);
+        for_states<FORWARD_STATES>(N, advance);
+        quantize_channels(to_part, E, N, place_of(s.steps_from[m] + 1, c), count, s.codes_to + at, s.to + m * E + c);
     }
 
     // Channels [first, last) of one group of row m: the step of the scan, D, and the gate.
@@ -265,7 +303,8 @@ struct Walker {
         float *decay_part = mine.states.get(), *from_part = decay_part + N * W, *to_part = from_part + N * W;
         const bool restart[1] = {false};
         if (m == 0) fetch(k.decay, E, N, first + AHEAD_CHANNELS, last + AHEAD_CHANNELS, E);
-        if (s.from_states_first) fetch(s.from + m * E * N, E, N, first + AHEAD_CHANNELS, last + AHEAD_CHANNELS, E);
+        if (s.codes_from) fetch(s.codes_from + m * E * N, E, N, first + AHEAD_CHANNELS, last + AHEAD_CHANNELS, E);
+        else if (s.from_states_first) fetch(s.from + m * E * N, E, N, first + AHEAD_CHANNELS, last + AHEAD_CHANNELS, E);
         for (int64_t c = first; c < last; c += W) {
             const int count = int(std::min<int64_t>(W, last - c));
             const bool whole = count == W;
@@ -273,26 +312,12 @@ struct Walker {
             const V dt = softplus(load_part(dt_row + c, count) + load_part(k.dt_bias + c, count)), dtu = dt * u;
             V y = zero();
             Advance advance{N, 1, k.decay + c, B, C, &dt, &dtu, restart, from_part, to_part, &y, E, W, W};
-            const float* from = s.from + m * E * N + (s.from_states_first ? c : c * N);
-            float* to = s.to + m * E * N + (s.to_states_first ? c : c * N);
             if (!whole) {
                 for (int64_t n = 0; n < N; ++n) store(decay_part + n * W, load_part(k.decay + n * E + c, count));
                 advance.A2 = decay_part, advance.A2_step = W;
             }
-            if (!s.from_states_first) {
-                gather(from, N, count, from_part);
-            } else if (whole) {
-                advance.from = from, advance.from_step = E;
-            } else {
-                for (int64_t n = 0; n < N; ++n) store(from_part + n * W, load_part(from + n * E, count));
-            }
-            if (s.to_states_first && whole) advance.to = to, advance.to_step = E;
-            for_states<FORWARD_STATES>(N, advance);
-            if (!s.to_states_first) {
-                scatter(to_part, N, count, to);
-            } else if (!whole) {
-                for (int64_t n = 0; n < N; ++n) store_part(to + n * E, load(to_part + n * W), count);
-            }
+            if (s.codes_from) advance_codes(s, advance, m, c, E, count, from_part, to_part);
+            else advance_floats(s, advance, m, c, E, count, from_part, to_part);
             V out = k.D ? fma(load_part(k.D + c, count), u, y) : y;
             const V z = load_part(z_row + c, count), scale = k.gate_scale ? load_part(k.gate_scale + c, count) : set1(1.0f);
             store_part(all.y.get() + m * E + c, out * (z * sigmoid(scale * z)), count);
@@ -314,20 +339,27 @@ struct Walker {
         store(lanes, exp2v(set1(at.dt[0]) * set1(k.decay[head] * LOG2E)));
         at.decay[0] = lanes[0];
         at.restart[0] = false;
-        const float *x = u_row + head * P, *B = u_row + k.channels + group * N, *C = B + S, *from = s.from + row * N;
-        float *to = s.to + row * N, *y = all.y.get() + m * k.channels + head * P, D = k.D ? k.D[head] : 0.0f;
+        const float *x = u_row + head * P, *B = u_row + k.channels + group * N, *C = B + S;
+        float *B_part = mine.states.get(), *C_part = B_part + padded, *state = C_part + padded;
+        float *y = all.y.get() + m * k.channels + head * P, D = k.D ? k.D[head] : 0.0f;
         if (padded != N) {
-            float *B_part = mine.states.get(), *C_part = B_part + padded, *state = C_part + padded;
             pad(B, 1, N, padded, B_part);
             pad(C, 1, N, padded, C_part);
-            pad(from, P, N, padded, state);
-            B = B_part, C = C_part, from = to = state;
+            B = B_part, C = C_part;
         }
+        const float* from = state;
+        float* to = state;
+        if (s.codes_from) dequantize_rows(s.codes_from + row * N, P, N, padded, s.from + row, state);
+        else if (padded != N) pad(s.from + row * N, P, N, padded, state);
+        else from = s.from + row * N, to = s.to + row * N;
         int64_t r = 0;
         for (; r + HEAD_ROWS <= P; r += HEAD_ROWS)
             advance_rows<HEAD_ROWS>(1, padded, P, at, B, C, x + r, D, from + r * padded, to + r * padded, y + r);
         for (; r < P; ++r) advance_rows<1>(1, padded, P, at, B, C, x + r, D, from + r * padded, to + r * padded, y + r);
-        if (padded != N) unpad(to, P, N, padded, s.to + row * N);
+        if (s.codes_from)
+            quantize_rows(state, P, N, padded, place_of(s.steps_from[m] + 1, head * P), s.codes_to + row * N, s.to + row);
+        else if (padded != N)
+            unpad(state, P, N, padded, s.to + row * N);
     }
 
     // dt, B and C of row m behind their norms.
@@ -458,6 +490,8 @@ void mixer_step(const Step& p) {
             Walker(p, threads, sizes, all, together, counters.data(), barrier).walk();
         }
     }
+    for (int64_t i = 0; i < p.blocks; ++i)
+        for (int64_t m = 0; p.state[i].codes_from && m < p.batch; ++m) p.state[i].steps_to[m] = p.state[i].steps_from[m] + 1;
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ from mambacompress.kernels import native
 from mambacompress.kernels.hadamard.cpu import _mix
 from mambacompress.kernels.hadamard.reference import split
 from mambacompress.kernels.int8_linear.tiles import tiled_outputs
+from mambacompress.kernels.int8_state import Int8State
 from mambacompress.kernels.mixer_step.reference import BlockState, Conv, Matrix, Rotation, S6Block, SSDBlock
 
 MAX_WIDTH, MAX_BATCH = 16, 64
@@ -26,7 +27,7 @@ _LOG2E = 1.44269504  # as in simd.h
 _MATRIX = "8q5P"
 _ROTATION = "2q2P"
 _BLOCK = struct.Struct(f"@10q4d9P{_MATRIX * 4}{_ROTATION * 2}")  # ``Block`` of cpu.cpp
-_STATE = struct.Struct("@4P8q")  # ``State``
+_STATE = struct.Struct("@4P8q4P")  # ``State``
 _STEP = struct.Struct("@3q3P")  # ``Step``
 _MODES = {"token": 0, "tensor": 1, "none": 2}
 _NO_MATRIX: tuple[Any, ...] = (0,) * 13
@@ -122,18 +123,33 @@ class NativeBlock:
 def fits(state: BlockState) -> bool:
     """Whether the native step reads this state where it lies."""
     conv, ssm = state
-    if conv.dtype != torch.float32 or ssm.dtype != torch.float32 or conv.device.type != "cpu":
+    if conv.dtype != torch.float32 or conv.device.type != "cpu":
         return False
-    return ssm.is_contiguous() or (ssm.dim() == 3 and ssm.transpose(1, 2).is_contiguous())
+    if isinstance(ssm, Int8State):
+        codes = ssm.codes.transpose(1, 2) if ssm.codes.dim() == 3 else ssm.codes
+        return codes.is_contiguous() and ssm.scale.is_contiguous() and ssm.step.is_contiguous()
+    return ssm.dtype == torch.float32 and (ssm.is_contiguous() or _states_first(ssm))
 
 
 def next_state(state: BlockState) -> BlockState:
     """Memory for the state after a step; Mamba-1's as [B, N, E], so that a vector of channels is one load."""
     conv, ssm = state
+    if isinstance(ssm, Int8State):
+        empty = Int8State(_next(ssm.codes), torch.empty_like(ssm.scale), torch.empty_like(ssm.step))
+        return BlockState(torch.empty(conv.shape), empty)
+    return BlockState(torch.empty(conv.shape), _next(ssm))
+
+
+def _next(ssm: Tensor) -> Tensor:
     if ssm.dim() == 3:
         batch, channels, states = ssm.shape
-        return BlockState(torch.empty(conv.shape), torch.empty(batch, states, channels).transpose(1, 2))
-    return BlockState(torch.empty(conv.shape), torch.empty(ssm.shape))
+        return torch.empty(batch, states, channels, dtype=ssm.dtype).transpose(1, 2)
+    return torch.empty(ssm.shape, dtype=ssm.dtype)
+
+
+def _states_first(ssm: Tensor) -> bool:
+    """Whether a state of Mamba-1 lies as [B, N, E], and not as [B, E, N]."""
+    return ssm.dim() == 3 and not ssm.is_contiguous() and ssm.transpose(1, 2).is_contiguous()
 
 
 class NativeStates:
@@ -141,12 +157,22 @@ class NativeStates:
 
     def __init__(self, old: Sequence[BlockState], new: Sequence[BlockState]) -> None:
         self.old, self.new = old, new
-        self._bytes = b"".join(
-            _STATE.pack(a.conv.data_ptr(), a.ssm.data_ptr(), b.conv.data_ptr(), b.ssm.data_ptr(), *a.conv.stride(),
-                        *b.conv.stride(), a.ssm.dim() == 3 and not a.ssm.is_contiguous(),
-                        b.ssm.dim() == 3 and not b.ssm.is_contiguous()) for a, b in zip(old, new, strict=True))
+        self._bytes = b"".join(self._pack(a, b) for a, b in zip(old, new, strict=True))
         self._buffer = ctypes.create_string_buffer(self._bytes, len(self._bytes))
         self.address = ctypes.addressof(self._buffer)
+
+    @staticmethod
+    def _pack(old: BlockState, new: BlockState) -> bytes:
+        strides = (*old.conv.stride(), *new.conv.stride())
+        a, b = old.ssm, new.ssm
+        if isinstance(a, Int8State) and isinstance(b, Int8State):
+            return _STATE.pack(old.conv.data_ptr(), a.scale.data_ptr(), new.conv.data_ptr(), b.scale.data_ptr(),
+                               *strides, 1, 1, a.codes.data_ptr(), b.codes.data_ptr(), a.step.data_ptr(),
+                               b.step.data_ptr())
+        if isinstance(a, Int8State) or isinstance(b, Int8State):
+            raise TypeError("a step from an int8 state gives an int8 state, from an fp32 state an fp32 state")
+        return _STATE.pack(old.conv.data_ptr(), a.data_ptr(), new.conv.data_ptr(), b.data_ptr(), *strides,
+                           _states_first(a), _states_first(b), 0, 0, 0, 0)
 
 
 class NativeStep:

@@ -9,7 +9,7 @@ C conv channels (E, or E + 2 G N), O outputs, I inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,16 +19,17 @@ from mambacompress.kernels.causal_conv1d import causal_conv1d
 from mambacompress.kernels.hadamard import hadamard
 from mambacompress.kernels.int4_linear import int4_linear
 from mambacompress.kernels.int8_linear import int8_linear
+from mambacompress.kernels.int8_state import Int8State
 from mambacompress.kernels.rms_norm import gated_rms_norm, rms_norm
-from mambacompress.kernels.selective_scan import selective_scan
-from mambacompress.kernels.ssd_scan import ssd_scan
+from mambacompress.kernels.selective_state_update import selective_state_update, selective_state_update_int8
+from mambacompress.kernels.ssd_state_update import ssd_state_update, ssd_state_update_int8
 
 
 class BlockState(NamedTuple):
     """conv: [B, K-1, C], the last inputs of the convolution. ssm: [B, E, N] (Mamba-1) or [B, H, P, N] (Mamba-2)."""
 
     conv: Tensor
-    ssm: Tensor
+    ssm: Tensor | Int8State
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,10 @@ def _s6(x_BLD: Tensor, block: S6Block, state: BlockState) -> tuple[Tensor, Block
     B_BLGN, C_BLGN = (t.unflatten(-1, (block.groups, states)) for t in (B_BLS, C_BLS))
     if block.inner_eps is not None:
         dt_BLR, B_BLGN, C_BLGN = (rms_norm(t, None, block.inner_eps) for t in (dt_BLR, B_BLGN, C_BLGN))
-    y_BLE, final_BEN = selective_scan(u_BLE, _linear(dt_BLR, block.dt_proj), block.A, B_BLGN, C_BLGN, block.D, z_BLE,
-                                      block.dt_bias, z_scale_E=block.gate_scale, initial_state_BEN=state.ssm)
-    return _linear(_rotated(y_BLE, block.out_rotation), block.out_proj), BlockState(conv_state, final_BEN)
+    step: Any = selective_state_update_int8 if isinstance(state.ssm, Int8State) else selective_state_update
+    y_BE, final = step(state.ssm, u_BLE[:, 0], _linear(dt_BLR, block.dt_proj)[:, 0], block.A, B_BLGN[:, 0],
+                       C_BLGN[:, 0], block.D, z_BLE[:, 0], block.dt_bias, z_scale_E=block.gate_scale)
+    return _linear(_rotated(y_BE[:, None], block.out_rotation), block.out_proj), BlockState(conv_state, final)
 
 
 def _ssd(x_BLD: Tensor, block: SSDBlock, state: BlockState) -> tuple[Tensor, BlockState]:
@@ -148,9 +150,11 @@ def _ssd(x_BLD: Tensor, block: SSDBlock, state: BlockState) -> tuple[Tensor, Blo
     xBC_BLC, conv_state = _conv(xBC_BLC, block.conv, state)
     x_BLE, B_BLS, C_BLS = xBC_BLC.split([channels, span, span], dim=-1)
     B_BLGN, C_BLGN = (t.unflatten(-1, (block.groups, block.states)) for t in (B_BLS, C_BLS))
-    y_BLHP, final = ssd_scan(x_BLE.unflatten(-1, (heads, -1)), dt_BLH, block.A, B_BLGN, C_BLGN, block.D, block.dt_bias,
-                             dt_limit=block.dt_limit, initial_state_BHPN=state.ssm)
-    y_BLE = gated_rms_norm(y_BLHP.flatten(2), z_BLE, block.gated_norm, block.gated_eps, channels // block.groups)
+    step: Any = ssd_state_update_int8 if isinstance(state.ssm, Int8State) else ssd_state_update
+    y_BHP, final = step(state.ssm, x_BLE[:, 0].unflatten(-1, (heads, -1)), dt_BLH[:, 0], block.A, B_BLGN[:, 0],
+                        C_BLGN[:, 0], block.D, block.dt_bias, dt_limit=block.dt_limit)
+    y_BLE = gated_rms_norm(y_BHP.flatten(1)[:, None], z_BLE, block.gated_norm, block.gated_eps,
+                           channels // block.groups)
     return _linear(_rotated(y_BLE, block.out_rotation), block.out_proj), BlockState(conv_state, final)
 
 

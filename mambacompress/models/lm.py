@@ -39,6 +39,7 @@ from mambacompress.models.step import (
 )
 
 States = list[MixerState]
+STATE_FORMATS = ("fp32", "int8")  # of the recurrent states while decoding
 Sampler = Callable[[Tensor], Tensor]
 
 
@@ -146,13 +147,16 @@ class LanguageModel:
 class Decoder:
     """A sequence (or a batch of them) that is only ever continued: its states are its own, and overwritten.
 
-    states: what a prefill returned; they are not changed, but replaced by the first step. Whether parts of the model
-    were replaced is looked at once, when the first step comes: looking takes as long as a block does. An edit in the
-    middle of a sequence is for ``LanguageModel.step``, or another decoder.
+    states: what a prefill returned; they are not changed, but replaced by the first step. state: ``fp32``, or ``int8``
+    to round the recurrent states now and at every step (``kernels.int8_state``). Whether parts of the model were
+    replaced is looked at once, when the first step comes: looking takes as long as a block does. An edit in the middle
+    of a sequence is for ``LanguageModel.step``, or another decoder.
     """
 
-    def __init__(self, lm: LanguageModel, states: States) -> None:
-        self.lm, self.states = lm, states
+    def __init__(self, lm: LanguageModel, states: States, state: str = "fp32") -> None:
+        check_state_format(state)
+        self.lm = lm
+        self.states = [s.int8() for s in states] if state == "int8" else states
         self._native: NativeStates | None = None  # self.states, in place
         self._fused: FusedBlocks | None = None
 
@@ -180,35 +184,39 @@ class Decoder:
 
 def stream(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int | None = None,
            top_p: float | None = None, eos_token_id: int | Sequence[int] | None = None, pad_token_id: int | None = None,
-           seed: int | None = 0, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
+           seed: int | None = 0, attention_mask: Tensor | None = None, state: str = "fp32") -> Iterator[Tensor]:
     """Continue every row of ``input_ids``, one step at a time; yields the new ids, int64 [B], as they are made.
 
     model: a LanguageModel or an adopted host. input_ids: int64 [B, L], L at least 1; attention_mask: [B, L], 0 at
     padding, which must lie on the left. temperature 0 is greedy; otherwise logits / temperature, cut to the ``top_k``
     largest and then to the smallest set that holds ``top_p`` of the probability. A row that made one of
     ``eos_token_id`` (the model's own where None) gives ``pad_token_id`` (the first eos where None) from then on; the
-    stream ends when all rows have. seed: of the draws; None for a new one each time.
+    stream ends when all rows have. seed: of the draws; None for a new one each time. state: ``int8`` keeps the
+    recurrent states of all steps behind the prompt in a quarter of the memory, rounded at every step.
 
     Raises UserError for arguments that cannot work, before the first step.
     """
     lm = LanguageModel.of(model)
+    check_state_format(state)
     _check(lm, input_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
     ends = _end_ids(lm, eos_token_id)
     pad = pad_token_id if pad_token_id is not None else (ends[0] if ends else 0)
-    return _steps(lm, input_ids, max_new_tokens, _sampler(temperature, top_k, top_p, seed), ends, pad, attention_mask)
+    sample = _sampler(temperature, top_k, top_p, seed)
+    return _steps(lm, input_ids, max_new_tokens, sample, ends, pad, attention_mask, state)
 
 
 def generate(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_k: int | None = None,
              top_p: float | None = None, eos_token_id: int | Sequence[int] | None = None,
              pad_token_id: int | None = None, seed: int | None = 0, attention_mask: Tensor | None = None,
-             on_token: Callable[[Tensor], None] | None = None) -> Tensor:
+             state: str = "fp32", on_token: Callable[[Tensor], None] | None = None) -> Tensor:
     """``stream`` gathered: the prompts with what follows them, int64 [B, L + new], new at most ``max_new_tokens``.
 
     on_token: called with each step's ids [B].
     """
     made = []
     for ids_B in stream(model, input_ids, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                        eos_token_id=eos_token_id, pad_token_id=pad_token_id, seed=seed, attention_mask=attention_mask):
+                        eos_token_id=eos_token_id, pad_token_id=pad_token_id, seed=seed, attention_mask=attention_mask,
+                        state=state):
         made.append(ids_B)
         if on_token is not None:
             on_token(ids_B)
@@ -216,7 +224,7 @@ def generate(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature:
 
 
 def _steps(lm: LanguageModel, input_ids: Tensor, count: int, sample: Sampler, ends: list[int], pad: int,
-           attention_mask: Tensor | None) -> Iterator[Tensor]:
+           attention_mask: Tensor | None, state: str) -> Iterator[Tensor]:
     ids_BL = input_ids.to(lm.device)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.to(lm.device)
     end_ids = set(ends)
@@ -227,7 +235,7 @@ def _steps(lm: LanguageModel, input_ids: Tensor, count: int, sample: Sampler, en
         with torch.no_grad():
             if decoder is None:
                 logits_B1V, states = lm.prefill(ids_BL, mask, last_only=True)
-                decoder, logits_BV = Decoder(lm, states), logits_B1V[:, -1]
+                decoder, logits_BV = Decoder(lm, states, state), logits_B1V[:, -1]
             else:
                 logits_BV = decoder.step(ids_B)
             ids_B = sample(logits_BV)
@@ -286,6 +294,12 @@ def _end_ids(lm: LanguageModel, asked: int | Sequence[int] | None) -> list[int]:
     if asked is None:
         return []
     return [asked] if isinstance(asked, int) else list(asked)
+
+
+def check_state_format(state: str) -> None:
+    """Raise UserError where there is no such format."""
+    if state not in STATE_FORMATS:
+        raise UserError(f"the state format is {state!r}", f"give one of {', '.join(STATE_FORMATS)}")
 
 
 def _check(lm: LanguageModel, ids: Tensor, count: int, temperature: float, top_k: int | None, top_p: float | None,

@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambacompress.kernels.int8_state import Int8State, quantize_state
 from mambacompress.kernels.rms_norm import gated_rms_norm
 from mambacompress.kernels.ssd_scan import ssd_scan
+from mambacompress.kernels.ssd_state_update import ssd_steps_int8
 from mambacompress.models.orders import SUM, Merge
 from mambacompress.models.paths import (
     DepthwiseConv,
@@ -39,6 +41,7 @@ from mambacompress.models.paths import (
     WeightlessNorm,
     apply_mask,
     negative_exp,
+    refuse_packed,
 )
 
 
@@ -46,11 +49,22 @@ from mambacompress.models.paths import (
 class MixerState:
     """What a causal mixer carries from token to token.
 
-    conv: [B, K-1, channels], the last inputs of the convolution. ssm: [B, E, N] (S6) or [B, H, P, N] (SSD).
+    conv: [B, K-1, channels], the last inputs of the convolution. ssm: [B, E, N] (S6) or [B, H, P, N] (SSD); an int8 one
+    stays int8 in every state behind it.
     """
 
     conv: Tensor
-    ssm: Tensor
+    ssm: Tensor | Int8State
+
+    def int8(self) -> MixerState:
+        """The same state with its ssm part in int8; itself where it is already."""
+        return self if isinstance(self.ssm, Int8State) else MixerState(self.conv, quantize_state(self.ssm))
+
+    @property
+    def bytes(self) -> int:
+        """What the state of all rows takes."""
+        ssm = self.ssm.bytes if isinstance(self.ssm, Int8State) else self.ssm.numel() * self.ssm.element_size()
+        return ssm + self.conv.numel() * self.conv.element_size()
 
 
 class Mixer(nn.Module):
@@ -158,7 +172,7 @@ class S6Mixer(Mixer):
         z_in_scan, z_scale = (z_BLE, self.gate.scale) if fused and self.gate is not None else (None, None)
         outputs: list[Tensor] = []
         shared: dict[int, Projected] = {}
-        final = None
+        final: Tensor | Int8State | None = None
         for path in paths:
             y_BLE, final = path(u_BLE, z_in_scan, z_scale, tap=self._tap, state=None if state is None else state.ssm,
                                 attention_mask=attention_mask, seq_idx=seq_idx, grid=grid, shared=shared)
@@ -222,10 +236,17 @@ class SSDMixer(Mixer):
         self._tap("u", u_BLE)
         self._tap("B", B_BLGN)
         self._tap("C", C_BLGN)
-        y_BLHP, final = ssd_scan(
-            u_BLE.unflatten(-1, (self.heads, self.head_dim)), dt_BLH, negative_exp(self.A_log), B_BLGN, C_BLGN, self.D,
-            self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit, chunk_size=self.chunk_size,
-            initial_state_BHPN=None if state is None else state.ssm, seq_idx_BL=seq_idx)
+        x_BLHP, A_H = u_BLE.unflatten(-1, (self.heads, self.head_dim)), negative_exp(self.A_log)
+        ssm = None if state is None else state.ssm
+        final: Tensor | Int8State
+        if isinstance(ssm, Int8State):
+            refuse_packed(seq_idx)
+            y_BLHP, final = ssd_steps_int8(ssm, x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, self.D, self.dt_bias,
+                                           dt_limit=self.dt_limit)
+        else:
+            y_BLHP, final = ssd_scan(
+                x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, self.D, self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit,
+                chunk_size=self.chunk_size, initial_state_BHPN=ssm, seq_idx_BL=seq_idx)
         y_BLE = gated_rms_norm(y_BLHP.flatten(2), z_BLE, self.norm_weight, self.norm_eps, self.d_inner // self.groups)
         return self._project_out(y_BLE), MixerState(conv_state, final)
 

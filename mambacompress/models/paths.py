@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mambacompress.kernels.causal_conv1d import causal_conv1d
+from mambacompress.kernels.int8_state import Int8State
 from mambacompress.kernels.rms_norm import rms_norm
 from mambacompress.kernels.selective_scan import ScanScales, selective_scan
+from mambacompress.kernels.selective_state_update import selective_steps_int8
 from mambacompress.models.orders import IDENTITY, Order
 
 Tap = Callable[[str, Tensor], None]
@@ -41,6 +43,12 @@ def apply_mask(x_BLC: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
     if attention_mask_BL is None:
         return x_BLC
     return x_BLC * attention_mask_BL[:, :, None].to(x_BLC.dtype)
+
+
+def refuse_packed(seq_idx: Tensor | None) -> None:
+    """An int8 state belongs to one sequence: raise ValueError where a batch packs several."""
+    if seq_idx is not None:
+        raise ValueError("packed sequences restart their state from zero: they cannot continue from an int8 state")
 
 
 def silu_scaled(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -228,13 +236,13 @@ class Path(nn.Module):
         self.scan_quantizer: ScanQuantizer | None = None
 
     def forward(self, u_BLE: Tensor, z_BLE: Tensor | None, z_scale: Tensor | None, *, tap: Tap,
-                state: Tensor | None = None, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None,
-                grid: tuple[int, int] | None = None,
-                shared: dict[int, Projected] | None = None) -> tuple[Tensor, Tensor]:
+                state: Tensor | Int8State | None = None, attention_mask: Tensor | None = None,
+                seq_idx: Tensor | None = None, grid: tuple[int, int] | None = None,
+                shared: dict[int, Projected] | None = None) -> tuple[Tensor, Tensor | Int8State]:
         """The scan of u [B, L, E] (raster order), gated where ``z_BLE`` is given.
 
         shared: what paths in front of this one projected, so that a projection of raster tokens runs once for all.
-        Returns the output, back in raster order, and the final state [B, E, N].
+        Returns the output, back in raster order, and the final state [B, E, N], int8 where ``state`` is.
         """
         if seq_idx is not None:
             seq_idx = self.order.apply(seq_idx, grid)
@@ -259,8 +267,13 @@ class Path(nn.Module):
                 quantize("u", u_BLE), quantize("dt", dt_BLE), quantize("B", B_BLGN), quantize("C", C_BLGN))
             z_BLE = None if z_BLE is None else quantize("z", z_BLE)
             scales = self.scan_quantizer.scales()
+        A_EN = negative_exp(self.A_log)
+        if isinstance(state, Int8State):
+            refuse_packed(seq_idx)
+            return selective_steps_int8(state, u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, self.D, z_BLE, self.dt_bias,
+                                        z_scale_E=z_scale, scales=scales)
         y_BLE, final_BEN = selective_scan(
-            u_BLE, dt_BLE, negative_exp(self.A_log), B_BLGN, C_BLGN, self.D, z_BLE, self.dt_bias, dt_softplus=True,
+            u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, self.D, z_BLE, self.dt_bias, dt_softplus=True,
             z_scale_E=z_scale, initial_state_BEN=state, window=self.window, seq_idx_BL=seq_idx, scales=scales)
         return self.order.invert(y_BLE, grid), final_BEN
 

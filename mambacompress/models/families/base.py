@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mambacompress.errors import UserError
+from mambacompress.kernels.int8_state import Int8State
 from mambacompress.models.exact import KeepDouble
 from mambacompress.models.mixers import Mixer, MixerState, S6Mixer, SSDMixer
 from mambacompress.models.modelmap import RESIDUAL, Block, ModelMap, Site, Stream, parameters_left_alone
@@ -86,6 +87,8 @@ class Hosted(Mixer):
         return MixerState(layer.conv_states[0][..., 1:].transpose(1, 2), layer.recurrent_states[0])
 
     def _write(self, cache: Any, state: MixerState) -> None:
+        if isinstance(state.ssm, Int8State):
+            raise TypeError("transformers' cache holds no int8 state")
         window_BEK = F.pad(state.conv.transpose(1, 2), (1, 0))
         cache.update_conv_state(window_BEK, self.layer_idx, conv_kernel_size=window_BEK.shape[-1])
         cache.update_recurrent_state(state.ssm, self.layer_idx)
