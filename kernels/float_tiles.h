@@ -1,5 +1,5 @@
-// Linears whose activations stay float, for the level under which this file is included: weights are fp32 rows, or become
-// floats on their way. No include guard: see simd.h.
+// Linears whose activations stay float, for the level under which this file is included: weights are rows of fp32, bf16 or
+// fp16 (then Linear::scale_dtype is theirs), or integers that become floats on their way. No include guard: see simd.h.
 //
 //     rows    a lane sums every W-th input in order, then lanes are added in a tree; packed rows become floats, four at a time,
 //             in cache.
@@ -8,6 +8,8 @@
 //
 // Either way a row's result does not depend on how many rows there are.
 namespace MC_LEVEL {
+
+constexpr int64_t FLOATS_AHEAD = 4096;  // bytes of weights on their way from memory
 
 MC_INLINE float sum_of(V x) {
 #if MC_WIDTH == 16
@@ -20,21 +22,29 @@ MC_INLINE float sum_of(V x) {
 #endif
 }
 
-// RA rows of x times one row of n floats, which comes from memory and is read in order, once; the sums of float_tile.
-template <int RA>
-MC_INLINE void float_row(const float* const* x, const float* w, int64_t n, float* out) {
+// RA rows of x times row `index` of n floats, which comes from memory and is read in order, once; the sums of float_tile.
+template <int RA, int DTYPE>
+static inline void float_row(const float* const* x, const void* weight, int64_t index, int64_t n, float* out) {
     V total[RA];
     for (int r = 0; r < RA; ++r) total[r] = zero();
     int64_t k = 0;
     for (; k + W <= n; k += W) {
-        V weight = load(w + k);
-        for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), weight, total[r]);
+        __builtin_prefetch(static_cast<const char*>(weight) + (index * n + k) * (DTYPE == F32 ? 4 : 2) + FLOATS_AHEAD, 0, 2);
+        const V w = load_any(weight, index * n + k, DTYPE, W);
+        for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), w, total[r]);
     }
     if (k < n) {
-        V weight = load_part(w + k, int(n - k));
-        for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), weight, total[r]);
+        const V w = load_any(weight, index * n + k, DTYPE, int(n - k));
+        for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), w, total[r]);
     }
     for (int r = 0; r < RA; ++r) out[r] = sum_of(total[r]);
+}
+
+template <int RA>
+static inline void float_row(const Linear& p, const float* const* x, int64_t output, float* out) {
+    if (p.scale_dtype == BF16) float_row<RA, BF16>(x, p.weight, output, p.inputs, out);
+    else if (p.scale_dtype == F16) float_row<RA, F16>(x, p.weight, output, p.inputs, out);
+    else float_row<RA, F32>(x, p.weight, output, p.inputs, out);
 }
 
 // RA rows of x times 4 rows of n floats, [RA][4]; a lane sums every W-th input in order, then lanes are added in a
@@ -80,27 +90,26 @@ static inline void widen_weights(const Linear& p, bool nibbles, int64_t first, f
     }
 }
 
-// Outputs [first, first + 4) for all rows. weights: 4 rows of floats; scaled: their scale is still to come; in_order: they come
-// from memory, where four streams at a time are slower than one.
-static inline void float_outputs(const Linear& p, Rows& rows, int64_t first, const float* const* weights, bool scaled,
-                                 bool in_order) {
+// Outputs [first, first + 4) for all rows. widened: 4 rows of floats made of integers, whose scale is still to come where it is
+// `scaled`; null where the weights are floats, which come from memory, where four streams at a time are slower than one.
+static inline void float_outputs(const Linear& p, Rows& rows, int64_t first, const float* const* widened, bool scaled) {
     const int columns = int(std::min<int64_t>(4, p.outputs - first));
     for (int64_t m = 0; m < p.rows;) {
         float out[4][4];
         const float* x[4];
         const int count = p.rows - m >= 4 ? 4 : 1;
         for (int r = 0; r < count; ++r) x[r] = rows.floats.get() + (m + r) * rows.stride;
-        if (in_order) {
+        if (!widened) {
             for (int c = 0; c < columns; ++c) {
                 float sums[4];
-                if (count == 4) float_row<4>(x, weights[c], p.inputs, sums);
-                else float_row<1>(x, weights[c], p.inputs, sums);
+                if (count == 4) float_row<4>(p, x, first + c, sums);
+                else float_row<1>(p, x, first + c, sums);
                 for (int r = 0; r < count; ++r) out[r][c] = sums[r];
             }
         } else if (count == 4) {
-            float_tile<4>(x, weights, p.inputs, out);
+            float_tile<4>(x, widened, p.inputs, out);
         } else {
-            float_tile<1>(x, weights, p.inputs, out);
+            float_tile<1>(x, widened, p.inputs, out);
         }
         for (int r = 0; r < count; ++r)
             for (int c = 0; c < columns; ++c) {

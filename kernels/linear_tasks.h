@@ -13,7 +13,7 @@ namespace MC_LEVEL {
 constexpr int64_t TILE_ROWS = 12, TILE_STRIPE = 96;
 constexpr int64_t FEW_ROWS = 4;  // up to so many, a tile at a time: what it takes is reading the weights
 
-enum Weights : int64_t { FLOATS = 0, BYTES = 1, NIBBLES = 2 };  // fp32 (rows of floats, no scale), int8, int4 in groups
+enum Weights : int64_t { FLOATS = 0, BYTES = 1, NIBBLES = 2 };  // rows of fp32, bf16 or fp16; int8; int4 in groups
 
 // What a thread needs to run the tasks of linears up to this size.
 struct Workspace {
@@ -87,14 +87,11 @@ struct Tasks {
 
   private:
     void run_floats(Rows& rows, int64_t first, Workspace& work) const {
+        if (weights == FLOATS) return float_outputs(p, rows, first, nullptr, false);
         const float* at[4];
-        for (int64_t c = 0; c < 4; ++c) {
-            if (weights == FLOATS) at[c] = static_cast<const float*>(p.weight) + std::min(first + c, p.outputs - 1) * p.inputs;
-            else at[c] = work.widened.get() + std::min(c, p.outputs - 1 - first) * p.inputs;
-        }
-        if (weights != FLOATS)
-            widen_weights(p, weights == NIBBLES, first, work.widened.get(), p.inputs, work.gathered.get());
-        float_outputs(p, rows, first, at, weights == BYTES, weights == FLOATS);
+        for (int64_t c = 0; c < 4; ++c) at[c] = work.widened.get() + std::min(c, p.outputs - 1 - first) * p.inputs;
+        widen_weights(p, weights == NIBBLES, first, work.widened.get(), p.inputs, work.gathered.get());
+        float_outputs(p, rows, first, at, weights == BYTES);
     }
 
 #if MC_WIDTH == 16

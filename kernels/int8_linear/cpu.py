@@ -1,4 +1,4 @@
-"""The native integer linears: one C function a weight width, the same description of the problem for both."""
+"""The native linears: one C function a kind of weight, the same description of the problem for all."""
 
 from __future__ import annotations
 
@@ -47,4 +47,21 @@ def integer_linear(function: str, x: Tensor, qweight: Tensor, scale: Tensor, zer
     return y
 
 
-__all__ = ["integer_linear"]
+def float_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y [..., O] in x's dtype on a float weight [O, I], contiguous and on the CPU."""
+    outputs, inputs = weight.shape
+    x_TI = x.reshape(-1, inputs)
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    y = x.new_empty((*x.shape[:-1], outputs))
+    if bias is not None:
+        bias = bias.float().contiguous()
+    dtype = native.DTYPE_CODES[x.dtype]
+    native.function("mc_linear", (ctypes.c_char_p,))(_LINEAR.pack(
+        len(x_TI), inputs, outputs, 1, torch.get_num_threads(), _MODE_CODES["none"], 8, x_TI.stride(0), dtype, dtype,
+        native.DTYPE_CODES[weight.dtype], 0, x_TI.data_ptr(), weight.data_ptr(), 0, 0,
+        0 if bias is None else bias.data_ptr(), 0, y.data_ptr()))
+    return y
+
+
+__all__ = ["float_linear", "integer_linear"]

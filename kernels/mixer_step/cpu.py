@@ -23,6 +23,7 @@ from mambacompress.kernels.mixer_step.reference import BlockState, Conv, Matrix,
 
 MAX_WIDTH, MAX_BATCH = 16, 64
 _LOG2E = 1.44269504  # as in simd.h
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _MATRIX = "8q5P"
 _ROTATION = "2q2P"
@@ -44,7 +45,7 @@ def lacks(block: S6Block | SSDBlock) -> list[str]:
     else:
         floats.append(block.gated_norm)
     for matrix in matrices:
-        floats += [matrix.bias, matrix.act_scale, matrix.weight if matrix.scale is None else None]
+        floats += [matrix.bias, matrix.act_scale]
     if any(t is not None and t.dtype != torch.float32 for t in floats):
         missing.append("tensors that are not fp32")
     packed = [t for m in matrices for t in (m.weight, m.scale, m.zero)]
@@ -52,6 +53,8 @@ def lacks(block: S6Block | SSDBlock) -> list[str]:
         missing.append("tensors that are not contiguous in memory")
     if any(m.scale is not None and m.scale.dtype not in (torch.float32, torch.float16) for m in matrices):
         missing.append("scales that are neither fp32 nor fp16")
+    if any(m.scale is None and m.weight.dtype not in _FLOATS for m in matrices):
+        missing.append("weights that are not fp32, bf16 or fp16")
     if block.conv.weight.shape[1] > MAX_WIDTH:
         missing.append(f"convolutions wider than {MAX_WIDTH}")
     if any(m.inputs >= 1 << 16 for m in matrices):
@@ -108,7 +111,7 @@ class NativeBlock:
         weight, scale = matrix.weight, matrix.scale
         kind = 0 if scale is None else 2 if weight.dtype == torch.uint8 else 1
         groups = 1 if scale is None or scale.dim() == 1 else scale.shape[1]
-        scale_dtype = 0 if scale is None else native.DTYPE_CODES[scale.dtype]
+        scale_dtype = native.DTYPE_CODES[(weight if scale is None else scale).dtype]
         return (kind, matrix.inputs, weight.shape[0], groups, _MODES[matrix.activation], matrix.act_bits, scale_dtype,
                 tiled_outputs(weight) if matrix.tiled else 0, self._at(weight), self._at(scale), self._at(matrix.zero),
                 self._at(matrix.bias), self._at(matrix.act_scale))

@@ -34,7 +34,8 @@ class BlockState(NamedTuple):
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear: fp32 weight [O, I]; int8 [O, I] with scale [O]; or uint8 [O, I/2] with scale [O] or [O, I/group_size].
+    """A linear: fp32, bf16 or fp16 weight [O, I]; int8 [O, I] with scale [O]; or uint8 [O, I/2] with scale [O] or
+    [O, I/group_size].
 
     The rest as in int8_linear and int4_linear.
     """
@@ -161,7 +162,7 @@ def _ssd(x_BLD: Tensor, block: SSDBlock, state: BlockState) -> tuple[Tensor, Blo
 def _linear(x: Tensor, matrix: Matrix) -> Tensor:
     weight, scale = matrix.weight, matrix.scale
     if scale is None:
-        return F.linear(x, weight, matrix.bias)
+        return F.linear(x, weight.to(x.dtype), matrix.bias)
     if weight.dtype == torch.uint8:
         return int4_linear(x, weight, scale.reshape(len(weight), -1), matrix.zero, matrix.bias,
                            group_size=matrix.group_size or matrix.inputs, activation=matrix.activation,

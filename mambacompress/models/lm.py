@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambacompress.errors import UserError
+from mambacompress.kernels.linear import linear
 from mambacompress.models.families import adopt
 from mambacompress.models.families.base import Hosted
 from mambacompress.models.mixers import MixerState
@@ -78,7 +79,7 @@ class LanguageModel:
         sequence (packed batches). Returns the logits, fp32 [B, L, V] ([B, 1, V] where ``last_only``), and a state a
         block.
         """
-        h_BLD = self.model_map.embedding.module(ids_BL)
+        h_BLD = self.embed(ids_BL)
         if states is not None and ids_BL.shape[1] == 1 and attention_mask is None and seq_idx is None:
             stepped = self._step(h_BLD[:, 0], states)
             if stepped is not None:
@@ -96,11 +97,19 @@ class LanguageModel:
         logits_B1V, states = self.prefill(ids_B[:, None], None, states)
         return logits_B1V[:, 0], states
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """The residual that ids [...] start with, [..., D]: in fp32 where the blocks keep it so."""
+        h_D = self.model_map.embedding.module(ids)
+        in_fp32 = all(block.module.residual_in_fp32 for block in self.model_map.blocks)
+        return h_D.float() if in_fp32 and h_D.dtype != torch.float64 else h_D
+
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Final norm and head on the residual [B, L, D]: fp32 (fp64 for an fp64 model)."""
         head = self.model_map.head.module
         dtype = head.dtype if isinstance(head, PackedHead) else head.get_parameter("weight").dtype
-        logits_BLV = head(self.model_map.final_norm(h_BLD).to(dtype))
+        h_BLD = self.model_map.final_norm(h_BLD).to(dtype)
+        plain = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+        logits_BLV = linear(h_BLD, head.weight, head.bias) if plain else head(h_BLD)
         return logits_BLV if logits_BLV.dtype == torch.float64 else logits_BLV.float()
 
     @staticmethod
@@ -163,7 +172,7 @@ class Decoder:
     def step(self, ids_B: Tensor) -> Tensor:
         """One token a row: ids int64 [B] -> logits, fp32 [B, V]."""
         lm = self.lm
-        h_BD = lm.model_map.embedding.module(ids_B)
+        h_BD = lm.embed(ids_B)
         fused = self._fused
         if fused is None or not chosen(h_BD, obstacle(h_BD, len(h_BD))):
             fused = self._fused = lm.fused(h_BD)

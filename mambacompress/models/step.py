@@ -9,8 +9,9 @@ steps, so it is kept with the mixer. Three things end it, and ``StepPlan`` tells
 - a tensor from which something was derived was written to: its content is compared when a sequence begins;
 - everything else that is written in place is read in place.
 
-What the native step does not take (vision paths, int8 scans, half precision, taps, hooks, gradients) runs unfused, in
-single ops, and the registry notes why. Legend: B batch, D d_model, E d_inner, K conv width, N d_state.
+What the native step does not take (vision paths, int8 scans, taps, hooks, gradients) runs unfused, in single ops, and
+the registry notes why. With weights in half precision it keeps activations in fp32, which the single ops round in
+between. Legend: B batch, D d_model, E d_inner, K conv width, N d_state.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class StepPlan:
     # -- description -------------------------------------------------------------------------------------------------
 
     def _describe(self, mixer: Mixer, norm: RMSNorm | None) -> S6Block | SSDBlock:
-        norm_D, eps = (None, 0.0) if norm is None else (_data(norm.weight), norm.variance_epsilon)
+        norm_D, eps = (None, 0.0) if norm is None else (self._fp32(norm.weight), norm.variance_epsilon)
         if mixer.tap is not None:
             raise NotFused("a tap")
         if any("forward" in module.__dict__ for module in mixer.modules()):
@@ -132,9 +133,9 @@ class StepPlan:
             return self._s6(mixer, norm_D, eps)
         if isinstance(mixer, SSDMixer) and type(mixer).mix is SSDMixer.mix:
             return SSDBlock(
-                norm_D, eps, _matrix(mixer.in_proj), self._conv(mixer.conv), self._decay(mixer.A_log),
-                self._fp32(mixer.D), self._fp32(mixer.dt_bias), mixer.dt_limit, _data(mixer.norm_weight),
-                mixer.norm_eps, _matrix(mixer.out_proj), states=mixer.d_state, groups=mixer.groups,
+                norm_D, eps, self._matrix(mixer.in_proj), self._conv(mixer.conv), self._decay(mixer.A_log),
+                self._fp32(mixer.D), self._fp32(mixer.dt_bias), mixer.dt_limit, self._fp32(mixer.norm_weight),
+                mixer.norm_eps, self._matrix(mixer.out_proj), states=mixer.d_state, groups=mixer.groups,
                 out_rotation=_rotation(mixer.out_rotation))
         raise NotFused(f"a {type(mixer).__name__}")
 
@@ -152,11 +153,22 @@ class StepPlan:
         if projection.norm is not None and type(projection.norm) is not WeightlessNorm:
             raise NotFused("norms with a weight on dt, B and C")
         return S6Block(
-            norm_D, eps, _matrix(mixer.in_proj), self._conv(mixer.conv), _matrix(projection.x_proj),
-            _matrix(projection.dt_proj), self._decay(path.A_log), self._fp32(path.D), self._fp32(path.dt_bias),
-            None if gate.scale is None else self._fp32(gate.scale), _matrix(mixer.out_proj), groups=projection.groups,
-            inner_eps=None if projection.norm is None else projection.norm.eps,
+            norm_D, eps, self._matrix(mixer.in_proj), self._conv(mixer.conv), self._matrix(projection.x_proj),
+            self._matrix(projection.dt_proj), self._decay(path.A_log), self._fp32(path.D), self._fp32(path.dt_bias),
+            None if gate.scale is None else self._fp32(gate.scale), self._matrix(mixer.out_proj),
+            groups=projection.groups, inner_eps=None if projection.norm is None else projection.norm.eps,
             x_rotation=_rotation(projection.x_rotation), out_rotation=_rotation(mixer.out_rotation))
+
+    def _matrix(self, module: nn.Module) -> Matrix:
+        if type(module) is nn.Linear:
+            return Matrix(_data(module.weight), None if module.bias is None else self._fp32(module.bias))
+        if type(module) is PackedLinear:
+            optional = (module.bias, module.act_scale, module.zero)
+            bias, act_scale, zero = (None if t is None else _data(t) for t in optional)
+            activations = module.activations
+            return Matrix(_data(module.qweight), bias, _data(module.scale), zero, module.weights.group_size,
+                          activations.mode, act_scale, activations.bits, module.tiled)
+        raise NotFused(f"a {type(module).__name__} as a projection")
 
     def _conv(self, conv: DepthwiseConv | None) -> Conv:
         if type(conv) is not DepthwiseConv or conv.kind != "causal":
@@ -182,17 +194,6 @@ def _data(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cpu":
         raise NotFused(f"tensors on {tensor.device.type}")
     return tensor.detach()
-
-
-def _matrix(module: nn.Module) -> Matrix:
-    if type(module) is nn.Linear:
-        return Matrix(_data(module.weight), None if module.bias is None else _data(module.bias))
-    if type(module) is PackedLinear:
-        bias, act_scale, zero = (None if t is None else _data(t) for t in (module.bias, module.act_scale, module.zero))
-        activations = module.activations
-        return Matrix(_data(module.qweight), bias, _data(module.scale), zero, module.weights.group_size,
-                      activations.mode, act_scale, activations.bits, module.tiled)
-    raise NotFused(f"a {type(module).__name__} as a projection")
 
 
 def _rotation(module: nn.Module | None) -> Rotation | None:
@@ -282,7 +283,8 @@ class FusedBlocks:
 
 def native_states(states: Sequence[MixerState]) -> list[BlockState] | None:
     """The states as the native step reads them, None where it cannot."""
-    read = [BlockState(state.conv, state.ssm) for state in states]
+    read = [BlockState(state.conv if state.conv.dtype == torch.float64 else state.conv.float(), state.ssm)
+            for state in states]
     return read if all(map(fits, read)) else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import lzma
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mambacompress.kernels import native, registry
+from mambacompress.kernels.tolerances import rms_ratio
 from mambacompress.models.families import adopt
 from mambacompress.models.families.checkpoint import empty_host, materialise, open_checkpoint
-from mambacompress.models.lm import LanguageModel
+from mambacompress.models.lm import Decoder, LanguageModel
 from mambacompress.models.mixers import MixerState
 from mambacompress.models.packed import ActivationFormat, PackedEmbedding, PackedHead, PackedLinear, WeightFormat
 
@@ -116,3 +119,29 @@ def test_a_packed_models_left_padded_batch_equals_single_runs(make_host: Callabl
         together, _ = lm.prefill(batch, (batch != 0).long())
         alone, _ = lm.prefill(short)
     assert ((together[1, 4:] - alone[0]).abs().max() / alone.abs().max()).item() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_half_precision_takes_the_fused_step(kind: str, dtype: torch.dtype, make_host: Callable[..., Any]) -> None:
+    """In one native call, with activations in fp32: at least as close to fp64 on the same weights as single ops."""
+    host = make_host(kind).to(dtype)
+    exact = copy.deepcopy(host).double()
+    ids_BL = torch.randint(1, 97, (2, 12))
+
+    def decode(model: Any) -> tuple[Tensor, set[tuple[str, str]]]:
+        lm = LanguageModel(adopt(model, prove=False))
+        with torch.no_grad(), registry.recording() as seen:
+            _, states = lm.prefill(ids_BL[:, :4])
+            decoder = Decoder(lm, states)
+            logits = torch.stack([decoder.step(ids_B) for ids_B in ids_BL[:, 4:].unbind(1)], 1)
+        return logits, {(choice.op, choice.backend) for choice in seen}
+
+    fused, ran = decode(host)
+    want, _ = decode(exact)
+    with registry.backend("reference"):
+        single, _ = decode(host)
+    if native.library() is not None:
+        assert ("mixer_step", "native") in ran, ran
+    error, others = (rms_ratio(logits, want) for logits in (fused, single))
+    assert error <= max(1.1 * others, 1e-3), f"{error:.1e}, single ops {others:.1e}"

@@ -1,0 +1,45 @@
+"""linear: y = x Wᵀ + bias on float weights, for the few rows of a decode step.
+
+With one row a linear is read from memory as fast as it can be read; torch's own reaches half of that and less on a
+processor, whatever the dtype. Weights of bf16 and fp16 become fp32 on their way, sums are fp32. With more rows, with
+gradients and on other devices torch's own runs: it is the reference, and as good there.
+
+Legend: I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mambacompress.kernels import native, registry
+from mambacompress.kernels.int8_linear.cpu import float_linear
+from mambacompress.kernels.tolerances import rms_ratio
+
+FEW_ROWS = 8
+TOLERANCE = 1e-6  # RMS ratio to fp64 in fp32
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y [..., O] = x [..., I] Wᵀ + bias, in x's dtype; weight: [O, I] of x's dtype, bias: [O] or None."""
+    if not _suits(x, weight, bias) or registry.choose("linear", x.device, x.dtype) != "native":
+        return F.linear(x, weight, bias)
+    return float_linear(x, weight, bias)
+
+
+def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype == weight.dtype and x.dtype in native.DTYPE_CODES
+            and x.device.type == weight.device.type == "cpu" and weight.is_contiguous()
+            and native.library() is not None and native.runs_directly(x, weight, bias))
+
+
+def check() -> tuple[float, float]:
+    """(RMS ratio to fp64, tolerance) on this machine, for ``doctor``."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 100, generator=generator), torch.randn(37, 100, generator=generator)
+    with torch.no_grad():
+        return rms_ratio(linear(x, weight), F.linear(x.double(), weight.double())), TOLERANCE
+
+
+__all__ = ["FEW_ROWS", "check", "linear"]
