@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 PACKAGES = ("mambacompress", "torch", "transformers", "lm_eval", "numpy")
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, those installed."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of Python and of ``packages``, those installed."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

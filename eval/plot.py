@@ -80,7 +80,7 @@ class _Axis:
 
     def ticks(self) -> list[float]:
         if self.scale == "linear":
-            return _round_ticks(self.low, self.high)
+            return round_ticks(self.low, self.high)
         if self.scale == "log":
             steps = [d * 10.0**e for e in range(math.floor(self.low), math.ceil(self.high) + 1) for d in (1, 2, 5)]
             inside = [step for step in steps if self.low <= math.log10(step) <= self.high]
@@ -97,7 +97,8 @@ class _Axis:
         return sorted(apart)
 
 
-def _round_ticks(low: float, high: float, wanted: int = 6) -> list[float]:
+def round_ticks(low: float, high: float, wanted: int = 6) -> list[float]:
+    """About ``wanted`` round numbers from ``low`` to ``high``, which must be larger."""
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -130,21 +131,21 @@ def svg(chart: Chart, size_label: Callable[[float], str]) -> str:
     alt = escape(f"{chart.title} against file size")
     out = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{alt}">']
     for tick in y.ticks():
-        out.append(_line("grid", LEFT, py(tick), right, py(tick)))
-        out.append(_text("tick", LEFT - 10, py(tick) + 4, "end", chart.show(tick)))
+        out.append(line("grid", LEFT, py(tick), right, py(tick)))
+        out.append(text("tick", LEFT - 10, py(tick) + 4, "end", chart.show(tick)))
     for tick in _size_ticks(x):
-        out.append(_line("notch", px(tick), bottom, px(tick), bottom + 5))
-        out.append(_text("tick", px(tick), bottom + 20, "middle", size_label(tick)))
-    out.append(_line("axis", LEFT, bottom, right, bottom))
-    out.append(_text("label", (LEFT + right) / 2, HEIGHT - 12, "middle", "file size (log scale)"))
+        out.append(line("notch", px(tick), bottom, px(tick), bottom + 5))
+        out.append(text("tick", px(tick), bottom + 20, "middle", size_label(tick)))
+    out.append(line("axis", LEFT, bottom, right, bottom))
+    out.append(text("label", (LEFT + right) / 2, HEIGHT - 12, "middle", "file size (log scale)"))
     turn = f' transform="translate(18 {middle:.1f}) rotate(-90)"'
-    out.append(_text("label", 0, 0, "middle", chart.label, turn))
+    out.append(text("label", 0, 0, "middle", chart.label, turn))
     if chart.higher:
-        out.append(_text("hint", LEFT + 8, TOP + 6, "start", "better \u2196"))
+        out.append(text("hint", LEFT + 8, TOP + 6, "start", "better \u2196"))
     else:
-        out.append(_text("hint", LEFT + 8, bottom - 10, "start", "better \u2199"))
+        out.append(text("hint", LEFT + 8, bottom - 10, "start", "better \u2199"))
     if chart.reference is not None:
-        out.append(_line("reference", LEFT, py(chart.reference), right, py(chart.reference)))
+        out.append(line("reference", LEFT, py(chart.reference), right, py(chart.reference)))
     front = pareto(chart.points, chart.higher)
     corners = [(px(p.size), py(p.value)) for p in front]
     out.append(f'<path class="front" d="{_steps(corners)}"/>')
@@ -158,11 +159,13 @@ def svg(chart: Chart, size_label: Callable[[float], str]) -> str:
     return "".join([*out, "</svg>"])
 
 
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    """A <line> of the page's class ``kind``."""
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(kind: str, x: float, y: float, anchor: str, words: str, more: str = "") -> str:
+def text(kind: str, x: float, y: float, anchor: str, words: str, more: str = "") -> str:
+    """A <text> of the page's class ``kind``; ``more``: further attributes."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(words)}</text>'
 
 
@@ -171,7 +174,7 @@ def _size_ticks(x: _Axis) -> list[float]:
     if len(ticks) >= 2:
         return ticks
     low, high = 10**x.low, 10**x.high
-    return _round_ticks(low, high, 4)
+    return round_ticks(low, high, 4)
 
 
 def _steps(corners: list[tuple[float, float]]) -> str:
@@ -223,7 +226,7 @@ def _label(name: str, cx: float, cy: float, taken: list[tuple[float, float, floa
             best = (cost, anchor, cx + dx, cy + dy, box)
     assert best is not None
     taken.append(best[4])
-    return _text("name", best[2], best[3], best[1], name)
+    return text("name", best[2], best[3], best[1], name)
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:

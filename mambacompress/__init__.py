@@ -10,6 +10,7 @@
 ``load``, ``load_tokenizer``   a model, float or compressed, and its tokenizer
 ``quantize`` (``compress``)    a recipe's passes over a model, into an artifact
 ``inspect``                    the plan of a recipe: what it would do, what it refuses and why
+``train``                      a model from scratch, by a training recipe
 ``generate``                   text or token ids, in a lean loop
 ``evaluate``                   perplexity, divergence from the original, tasks, size and speed
 ``verify``                     an artifact against its own manifest
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     )
     from mambacompress.errors import CheckFailed, UserError
     from mambacompress.eval import Candidate, evaluate
+    from mambacompress.pretraining import train
     from mambacompress.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -48,6 +50,7 @@ _HOME = {
     **dict.fromkeys(("CheckFailed", "UserError"), "errors"),
     **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
     **dict.fromkeys(("Candidate", "evaluate"), "eval"),
+    "train": "pretraining",
 }
 
 __all__ = [
@@ -64,6 +67,7 @@ __all__ = [
     "load_recipe",
     "load_tokenizer",
     "quantize",
+    "train",
     "verify",
 ]
 

@@ -1,7 +1,10 @@
-"""The model card of an artifact: what was done, what it cost on the calibration text, how to load it."""
+"""Model cards. Of an artifact: what was done, what it cost on the calibration text, how to load it. Of a model trained
+here: from what, how, and how well it came out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 _CARD = """---
@@ -57,3 +60,34 @@ def model_card(manifest: dict[str, Any]) -> str:
         source_sha256=manifest["source_sha256"],
         refused="Left out, with the reason:\n\n" + "\n".join(sorted(set(refused))) if refused else "",
     )
+
+
+_TRAINED = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {kind}
+- mambacompress
+---
+# {name}
+
+A language model trained from scratch by [mambacompress](https://pypi.org/project/mambacompress/).
+
+```python
+import mambacompress as mc
+
+model = mc.load("path/to/this/directory")
+```
+
+transformers' `AutoModelForCausalLM` loads it as well.
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+def trained_card(name: str, kind: str, facts: Mapping[str, str]) -> str:
+    """Markdown for a trained model. kind: its transformers model type. facts: a row each, in order."""
+    rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
+    return _TRAINED.format(name=name, kind=kind, rows=rows)

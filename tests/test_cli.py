@@ -21,7 +21,7 @@ from mambacompress.cli import app
 from mambacompress.cli.command import Greedy, default_out
 from mambacompress.errors import CheckFailed, UserError
 
-COMMANDS = ("quantize", "inspect", "evaluate", "bench", "report", "generate", "verify", "doctor", "demo")
+COMMANDS = ("quantize", "inspect", "evaluate", "bench", "report", "train", "generate", "verify", "doctor", "demo")
 
 
 def cli(*arguments: str | float) -> Result:
@@ -86,6 +86,7 @@ def test_help_and_errors_load_no_torch():
             f"for command in {COMMANDS!r}:\n"
             "    assert CliRunner().invoke(app, [command, '--help']).exit_code == 0, command\n"
             "assert CliRunner().invoke(app, ['quantize', 'x', '--recipe', 'w8a9']).exit_code == 2\n"
+            "assert CliRunner().invoke(app, ['train', 'demo', '--out', 'x', '--set', 'steps=0']).exit_code == 2\n"
             "heavy = {'torch', 'transformers'} & set(sys.modules); assert not heavy, heavy")
     subprocess.run([sys.executable, "-c", code], check=True)
 

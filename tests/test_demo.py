@@ -68,7 +68,7 @@ def test_it_is_the_model_of_its_training_recipe(model: Any, tokenizer: Any):
 
 def test_its_card_holds_the_command_the_seed_and_the_figures(directory: Path):
     card = (directory / "README.md").read_text("utf-8")
-    for needed in ("python -m mambacompress.training.recipes demo", "seed 0", "3,000 steps", "license: apache-2.0"):
+    for needed in ("mambacompress train demo", "seed 0", "3,000 steps", "license: apache-2.0"):
         assert needed in card
     train, valid, test = (card_perplexity(directory, split) for split in ("train", "valid", "test"))
     assert 1 < train < valid

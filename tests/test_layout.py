@@ -28,10 +28,11 @@ LEVELS = (
     ("hf", "export"),
     ("api",),
     ("eval", "bench"),
+    ("pretraining",),
     ("__init__", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-IMPORTS_TRANSFORMERS = ("models/families", "hf.py", "training/hf_callback", "training/recipes", "data.py", "eval",
+IMPORTS_TRANSFORMERS = ("models/families", "hf.py", "training/hf_callback", "training/scratch", "data.py", "eval",
                         "bench")
 # What these may import although it stands later: pure file helpers, nothing that knows models.
 LEAVES = {"storage"}

@@ -55,9 +55,11 @@ class Command(TyperCommand):
 
 
 class Greedy(Command):
-    """A command whose ``--text`` and ``--tasks`` take every value up to the next option: ``--text a.txt b.txt``."""
+    """A command whose ``--text``, ``--eval-text`` and ``--tasks`` take every value up to the next option:
+    ``--text a.txt b.txt``.
+    """
 
-    greedy = ("--text", "--tasks")
+    greedy = ("--text", "--eval-text", "--tasks")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Spell ``--text a b`` out as ``--text a --text b``."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from mambacompress.bench import Result
     from mambacompress.kernels.registry import CheckResult
     from mambacompress.passes.base import Plan
+    from mambacompress.pretraining import Trained
+
+LINE_SECONDS = 30  # between two lines of a training run that no one watches
 
 
 def _console() -> Console:
@@ -47,6 +53,59 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, completed=done, total=total, stage=stage)
 
         yield update
+
+
+@contextmanager
+def training(title: str) -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
+    """Training as it goes, fed by (stage, done, total, figures): a bar, or a line now and then where stderr is a file.
+
+    Nothing appears before the first step, so that of several processes only the one that is told shows it. Loss and
+    speed are moving averages.
+    """
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=console, transient=True)
+    tasks: dict[str, Any] = {}
+    means: dict[str, float] = {}
+    spoken = time.monotonic()
+
+    def update(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        nonlocal spoken
+        if stage not in tasks:
+            for other in tasks.values():
+                bar.remove_task(other)
+            tasks[stage] = bar.add_task(title if not tasks else stage, total=total, figures="")
+            if console.is_terminal:
+                bar.start()
+        for name, share in (("loss", 0.02), ("tokens_per_second", 0.1)):
+            if name in figures:
+                before = means.get(name, figures[name])
+                means[name] = before + share * (figures[name] - before)
+        shown = _training_figures(means) if figures else ""
+        bar.update(tasks[stage], completed=done, figures=shown)
+        if not console.is_terminal and (done == total or time.monotonic() - spoken >= LINE_SECONDS):
+            spoken = time.monotonic()
+            task = next(task for task in bar.tasks if task.id == tasks[stage])
+            left = f"{task.time_remaining:.0f} s left" if task.time_remaining else ""
+            console.print(Text(" · ".join(filter(None, (f"{task.description} {done:,}/{total:,}", shown, left)))))
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def _training_figures(means: Mapping[str, float]) -> str:
+    loss, speed = means["loss"], means["tokens_per_second"]
+    return f"loss {loss:.3f} · perplexity {math.exp(min(loss, 700)):,.1f} · {speed:,.0f} tokens/s"
 
 
 def _ranges(blocks: Iterable[int]) -> str:
@@ -144,6 +203,17 @@ def compressed(made: Compressed, model: str) -> None:
     for line in _figures(made.manifest):
         console.print(Text(line))
     console.print(Text(f"Next: mambacompress evaluate {made.directory} --baseline {model}"))
+
+
+def trained(made: Trained, out: Path) -> None:
+    """The end of a training run: where it is, how well it came out, what to do next."""
+    console = _console()
+    console.print(Text(f"{made.directory}"))
+    for fact in ("steps", "final training loss", "held-out perplexity"):
+        if fact in made.facts:
+            console.print(Text(f"{fact}: {made.facts[fact]}"))
+    console.print(Text(f"loss curve: {out / 'training.html'}"))
+    console.print(Text(f"Next: mambacompress quantize {made.directory}"))
 
 
 def checks(results: Iterable[CheckResult]) -> None:

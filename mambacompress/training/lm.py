@@ -1,4 +1,4 @@
-"""A small, honest language-model trainer: packed windows, AdamW, a cosine or WSD schedule, on accelerate.
+"""A small, honest language-model trainer: packed windows, AdamW, the schedule of a ``TrainConfig``, on accelerate.
 
 The data order is a function of the seed and the step alone, so a run resumes to the same losses, bit for bit, and two
 processes (each takes its share of every batch) see the losses of one. Processes and devices are accelerate's business.
@@ -7,8 +7,7 @@ A checkpoint is one safetensors file: the parameters, both moments of AdamW and 
 whole or not there, so that a kill at any moment leaves a run that resumes. Ctrl-C, or a caller that stops reading,
 writes one before it stops; a Ctrl-C in the middle of an update waits until the update is whole.
 
-Schedules: cosine to ``final`` x peak; WSD (warm-up, stable, decay): constant, then linear to ``final`` over the last
-fifth. Precision ``bf16`` computes under autocast; weights, moments and the loss stay fp32.
+Precision ``bf16`` computes under autocast; weights, moments and the loss stay fp32.
 
 Legend: B batch, L tokens, V vocabulary.
 """
@@ -18,12 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,61 +33,34 @@ from torch import Tensor
 
 from mambacompress import storage
 from mambacompress.data import training_batches
-from mambacompress.errors import UserError, did_you_mean
+from mambacompress.errors import UserError
+from mambacompress.training.config import TrainConfig, learning_rate
+from mambacompress.training.log import TrainingLog
+from mambacompress.training.processes import processes
 
 CHECKPOINT = "checkpoint.safetensors"
 RUN = "trainer.json"
-SCHEDULES = ("cosine", "wsd")
-PRECISIONS = ("no", "bf16")
+BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What a run is. Raises UserError for values that cannot work.
-
-    steps: optimizer steps. batch: sequences a step, over all processes and accumulations. length: tokens a sequence.
-    learning_rate: the peak, reached after ``warmup`` steps; ``final``: what is left of it at the end. clip: the largest
-    gradient norm. accumulate: micro-batches a step. precision: ``no`` (fp32) or ``bf16``.
-    """
-
-    steps: int
-    batch: int = 8
-    length: int = 256
-    learning_rate: float = 3e-3
-    final: float = 0.05
-    warmup: int = 100
-    schedule: str = "cosine"
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    accumulate: int = 1
-    seed: int = 0
-    precision: str = "no"
-    save_every: int = 500
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("schedule", self.schedule, SCHEDULES), ("precision", self.precision, PRECISIONS)):
-            if value not in known:
-                raise UserError(f"unknown {name} {value!r}{did_you_mean(value, known)}", f"choose {' or '.join(known)}")
-        for name, least in (("steps", 1), ("batch", 1), ("length", 2), ("warmup", 0), ("accumulate", 1),
-                            ("save_every", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} = {getattr(self, name)} is no training run", f"make it at least {least}")
-        if self.batch % self.accumulate:
-            raise UserError(f"a batch of {self.batch} does not divide into {self.accumulate} accumulations",
-                            "change one of them")
+def settled(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """``config`` with ``auto`` precision decided for ``device``; raises UserError for a bf16 it would only emulate."""
+    if config.precision == "auto":
+        return replace(config, precision="bf16" if computes_bf16(device) else "fp32")
+    if config.precision == "bf16" and not computes_bf16(device):
+        raise UserError(f"this {device.type} has no bf16 instructions: emulated, it is slower than fp32",
+                        "train with --set precision=fp32")
+    return config
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of optimizer step ``step`` (from 0)."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    if config.schedule == "cosine":
-        factor = config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * done))
-    else:
-        factor = 1.0 if done < 0.8 else 1 - (1 - config.final) * (done - 0.8) / 0.2
-    return config.learning_rate * factor
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def token_loss(model: Any, ids_BL: Tensor) -> Tensor:
@@ -107,28 +80,32 @@ def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *,
-          resume: bool = False) -> Iterator[dict[str, float]]:
-    """Train ``model`` in place on one row of token ids; yields {step, loss, rate, tokens_per_second} after each step.
+          resume: bool = False) -> Generator[dict[str, float], None, None]:
+    """Train ``model`` in place on one row of token ids; yields a row after each step: what its log holds (see ``log``)
+    and tokens_per_second.
 
     model: called as ``model(input_ids=int64 [B, L], use_cache=False).logits`` ([B, L, V]); left in training mode.
-    tokens: int64 [n]. Checkpoints go to ``out``; with ``resume`` the run in ``out`` goes on where it was (from the
-    start, where there is none yet).
+    tokens: int64 [n]. Checkpoints and the log go to ``out``; with ``resume`` the run in ``out`` goes on where it was
+    (from the start, where there is none yet).
 
     Raises UserError where ``out`` holds a run that is not resumed, or one of another configuration, text or model;
-    where the batch does not divide over the processes; and where the loss or its gradient is not finite (the last
-    checkpoint is from before).
+    where the batch does not divide over the processes; where bf16 is asked for and would be emulated; and where the
+    loss or its gradient is not finite (the last checkpoint is from before).
     """
     from accelerate import Accelerator
 
+    processes()
     accelerator = Accelerator(mixed_precision="no")
+    config = settled(config, accelerator.device)
     share = config.batch // (config.accumulate * accelerator.num_processes)
     if share * config.accumulate * accelerator.num_processes != config.batch:
         raise UserError(f"a batch of {config.batch} does not divide over {accelerator.num_processes} processes "
                         f"x {config.accumulate} accumulations", "use another number of processes")
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=BETAS, eps=1e-8)
     start = _begin(model, optimizer, config, tokens, out, resume, accelerator.is_main_process)
     model.train()
     wrapped, prepared = accelerator.prepare(model, optimizer)
+    log = TrainingLog(out, start) if accelerator.is_main_process else None
     done = start
     try:
         for batch_BL in training_batches(tokens, config.batch, config.length, config.seed, start):
@@ -146,16 +123,21 @@ def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *,
             with _uninterrupted():
                 prepared.step()
                 done = step + 1
+                row = {"step": step, "loss": loss, "rate": learning_rate(config, step), "tokens": done * config.tokens}
+                if log is not None:
+                    log.append(row)
             prepared.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - began
             if done % config.save_every == 0 and accelerator.is_main_process:
                 _save(model, optimizer, out, done)
-            yield {"step": step, "loss": loss, "rate": learning_rate(config, step),
-                   "tokens_per_second": config.batch * config.length / seconds}
+            yield row | {"tokens_per_second": config.tokens / seconds}
     except (KeyboardInterrupt, GeneratorExit):
         if accelerator.is_main_process:
             _save(model, optimizer, out, done)
         raise
+    finally:
+        if log is not None:
+            log.close()
     if accelerator.is_main_process:
         _save(model, optimizer, out, done)
 
@@ -202,7 +184,8 @@ def refuse_existing(out: Path) -> None:
 
 def _begin(model: Any, optimizer: Any, config: TrainConfig, tokens: Tensor, out: Path, resume: bool, main: bool) -> int:
     """Check what ``out`` holds against this run, restore it where asked; the number of steps already done."""
-    run = {"config": asdict(config), "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()}
+    config_now = asdict(config)
+    run = {"config": config_now, "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()}
     checkpoint = out / CHECKPOINT
     if not checkpoint.is_file():
         if main:
@@ -215,11 +198,21 @@ def _begin(model: Any, optimizer: Any, config: TrainConfig, tokens: Tensor, out:
         stored = json.loads((out / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{out / RUN} cannot be read: {error}", "choose another --out") from error
-    if not isinstance(stored, dict) or stored.get("config") != run["config"]:
-        raise UserError(f"the run in {out} has another configuration", "repeat its options, or choose another --out")
+    if not isinstance(stored, dict) or stored.get("config") != config_now:
+        raise _another_configuration(out, stored, config_now)
     if stored.get("tokens") != run["tokens"]:
         raise UserError(f"the run in {out} reads another text", "repeat its options, or choose another --out")
     return _restore(model, optimizer, checkpoint)
+
+
+def _another_configuration(out: Path, stored: Any, wanted: dict[str, Any]) -> UserError:
+    found = stored.get("config") if isinstance(stored, dict) else None
+    there = found if isinstance(found, dict) else {}
+    differ = [name for name in wanted if name in there and there[name] != wanted[name]]
+    detail = ", ".join(f"its {name} is {there[name]}, not {wanted[name]}" for name in differ)
+    again = " ".join(f"--set {name}={there[name]}" for name in differ)
+    return UserError(f"the run in {out} has another configuration{': ' if detail else ''}{detail}",
+                     f"go on with {again}, or choose another --out" if again else "choose another --out")
 
 
 def _save(model: Any, optimizer: Any, out: Path, done: int) -> None:
@@ -229,7 +222,8 @@ def _save(model: Any, optimizer: Any, out: Path, done: int) -> None:
         for moment in MOMENTS:
             if moment in optimizer.state.get(parameter, {}):
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    storage.write_tensors(out / CHECKPOINT, tensors)
+    with _uninterrupted():  # by a second Ctrl-C, or a launcher that passes the first one on
+        storage.write_tensors(out / CHECKPOINT, tensors)
 
 
 def _restore(model: Any, optimizer: Any, path: Path) -> int:

@@ -9,19 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mambacompress.errors import UserError
-from mambacompress.training.lm import CHECKPOINT, RUN, TrainConfig, learning_rate, parameter_groups, token_loss, train
+from mambacompress.training import lm
+from mambacompress.training.lm import CHECKPOINT, RUN, parameter_groups, token_loss, train
+from mambacompress.training.log import LOG, read_log
 from tests.training.toy import VOCABULARY, Toy, Wrapped, config, tokens
 
 
@@ -79,13 +77,30 @@ def test_the_loss_is_that_of_the_next_token():
     torch.testing.assert_close(token_loss(model, ids_BL), by_hand)
 
 
-def test_bf16_is_near_fp32_and_leaves_the_weights_fp32(tmp_path: Path):
+def test_bf16_is_near_fp32_and_leaves_the_weights_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lm, "computes_bf16", lambda device: True)  # where it does not, torch emulates it
     model = Toy()
     rough, exact = losses(tmp_path / "a", model, precision="bf16"), losses(tmp_path / "b")
     assert rough != exact
     torch.testing.assert_close(rough, exact, rtol=0.02, atol=0.0)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model(tokens(12)[None]).logits.dtype == torch.float32  # no wrapper left behind
+
+
+@pytest.mark.parametrize(("there", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_auto_precision_is_what_the_hardware_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool,
+                                                 precision: str):
+    monkeypatch.setattr(lm, "computes_bf16", lambda device: there)
+    assert losses(tmp_path / "auto", precision="auto") == losses(tmp_path / "named", precision=precision)
+    assert json.loads((tmp_path / "auto" / RUN).read_text())["config"]["precision"] == precision
+    assert losses(tmp_path / "auto", precision="auto", resume=True) == []
+
+
+def test_bf16_is_refused_where_it_would_be_emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lm, "computes_bf16", lambda device: False)
+    with pytest.raises(UserError, match=r"no bf16 instructions.*--set precision=fp32"):
+        losses(tmp_path, precision="bf16")
+    assert not any(tmp_path.iterdir())
 
 
 def test_accumulation_equals_the_big_batch(tmp_path: Path):
@@ -129,7 +144,8 @@ def test_a_resumed_run_repeats_the_losses_and_the_weights_bit_for_bit(tmp_path: 
     assert first + losses(tmp_path / "cut", again, resume=True) == straight
     for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert (tmp_path / "cut" / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
+    for name in (CHECKPOINT, LOG):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_a_run_goes_on_across_an_epoch(tmp_path: Path):
@@ -149,7 +165,9 @@ def test_a_kill_goes_on_from_the_last_regular_checkpoint(tmp_path: Path):
     as_killed = (tmp_path / "killed" / CHECKPOINT).read_bytes()
     run.close()
     (tmp_path / "killed" / CHECKPOINT).write_bytes(as_killed)  # nothing was written after step 3
+    assert len(read_log(tmp_path / "killed")) == 5  # two of them will be done again
     assert losses(tmp_path / "killed", resume=True, save_every=3) == straight[3:]
+    assert [row["loss"] for row in read_log(tmp_path / "killed")] == straight
 
 
 class Interrupted(Toy):
@@ -192,6 +210,22 @@ def test_ctrl_c_within_an_update_waits_until_it_is_whole(tmp_path: Path, monkeyp
     assert signal.getsignal(signal.SIGINT) is before
     assert int(load_file(tmp_path / "cut" / CHECKPOINT)["steps"]) == 3
     assert losses(tmp_path / "cut", resume=True) == straight[3:]
+    assert [row["loss"] for row in read_log(tmp_path / "cut")] == straight
+
+
+def test_a_second_ctrl_c_waits_for_the_first_ones_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    straight = losses(tmp_path / "whole")
+    write = lm.storage.write_tensors
+
+    def interrupted(*args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lm.storage, "write_tensors", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            losses(tmp_path / "cut", Interrupted(at=5))
+    assert losses(tmp_path / "cut", resume=True) == straight[4:]
 
 
 def test_a_caller_that_fails_keeps_a_checkpoint(tmp_path: Path):
@@ -210,7 +244,7 @@ def test_a_finished_run_resumes_to_nothing(tmp_path: Path):
     assert losses(tmp_path, model, resume=True) == []
     stored = load_file(tmp_path / CHECKPOINT)
     assert torch.equal(stored["parameter.head.weight"], model.head.weight)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, RUN]
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, RUN, LOG}
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -225,8 +259,8 @@ def test_a_run_is_not_overwritten(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"learning_rate": 0.02}, "another configuration"),
-    ({"steps": 9}, "another configuration"),
+    ({"learning_rate": 0.02}, r"its learning_rate is 0.01, not 0.02.*go on with --set learning_rate=0.01"),
+    ({"steps": 9}, "another configuration: its steps is 8, not 9"),
     ({"ids": tokens(seed=1)}, "another text"),
     ({"model": torch.nn.ModuleDict({"embedding": torch.nn.Embedding(3, 4)})}, "of another model"),
 ])
@@ -277,39 +311,16 @@ def test_a_text_shorter_than_a_batch_is_refused(tmp_path: Path):
         losses(tmp_path, ids=tokens(40))
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"schedule": "cosin"}, "did you mean 'cosine'"), ({"precision": "fp16"}, "unknown precision"),
-    ({"accumulate": 3}, "does not divide"), ({"accumulate": 0}, "at least 1"), ({"steps": 0}, "at least 1"),
-    ({"length": 1}, "at least 2"), ({"warmup": -1}, "at least 0"), ({"save_every": 0}, "at least 1")])
-def test_a_configuration_that_cannot_work_is_refused(changes: dict[str, Any], message: str):
-    with pytest.raises(UserError, match=message):
-        config(**changes)
+def test_launched_processes_that_would_train_apart_are_refused(monkeypatch: pytest.MonkeyPatch):
+    from mambacompress.training.processes import processes
+
+    processes()  # accelerate's state of this process: alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were launched, and they would train 2 models"):
+        processes()
 
 
-# -- schedules and groups ----------------------------------------------------------------------------------------------
-
-
-CONFIGS = st.builds(TrainConfig, steps=st.integers(20, 3000), warmup=st.integers(0, 19), final=st.floats(0, 1),
-                    schedule=st.sampled_from(["cosine", "wsd"]), learning_rate=st.floats(1e-5, 1e-1))
-
-
-@given(CONFIGS)
-def test_a_schedule_climbs_in_warm_up_and_never_rises_after(settings: TrainConfig):
-    rates = [learning_rate(settings, step) for step in range(settings.steps)]
-    peak, slack = settings.learning_rate, settings.learning_rate * 1e-9
-    assert all(a < b for a, b in pairwise(rates[: settings.warmup]))
-    after = rates[settings.warmup :]
-    assert after[0] == pytest.approx(peak)
-    assert all(a >= b - slack for a, b in pairwise(after))
-    assert min(after) >= settings.final * peak - slack
-    assert learning_rate(settings, settings.steps) == pytest.approx(settings.final * peak, abs=slack)
-
-
-def test_the_schedules_at_known_points():
-    cosine = TrainConfig(steps=110, warmup=10, learning_rate=1.0, final=0.1)
-    assert [learning_rate(cosine, step) for step in (0, 4, 9, 10, 60)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.55])
-    wsd = replace(cosine, schedule="wsd")
-    assert [learning_rate(wsd, step) for step in (9, 10, 89, 100)] == pytest.approx([1.0, 1.0, 1.0, 0.55])
+# -- parameter groups ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2"])

@@ -1,4 +1,4 @@
-"""A toy language model on our Mamba-2 mixer, and one process of a distributed run: ``python toy.py OUT``.
+"""A toy language model on our Mamba-2 mixer, a toy recipe, and one process of a distributed run: ``python toy.py OUT``.
 
 The process reads its rank from the environment (as ``accelerate launch`` and torchrun set it) and prints its losses.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mambacompress.models.mixers import SSDMixer
-from mambacompress.training.lm import TrainConfig, train
+from mambacompress.training.config import TrainConfig
+from mambacompress.training.lm import train
+from mambacompress.training.recipes import RECIPES, TrainingRecipe
 
 VOCABULARY = 23
 
@@ -57,6 +60,15 @@ def tokens(count: int = 400, seed: int = 0) -> Tensor:
     """Ids that can be learnt: mostly the next number."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, 3, (count,), generator=generator).cumsum(0) % VOCABULARY
+
+
+def tiny_recipe(**changes: Any) -> TrainingRecipe:
+    """The demo recipe, two small blocks and six steps of it."""
+    demo = RECIPES["demo"]
+    shape = demo.config | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "time_step_rank": 2,
+                           "state_size": 4}
+    schedule = {"steps": 6, "batch": 2, "length": 16, "warmup": 2} | changes
+    return replace(demo, config=shape, vocabulary=280, train=replace(demo.train, **schedule))
 
 
 if __name__ == "__main__":
