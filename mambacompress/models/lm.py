@@ -108,8 +108,10 @@ class LanguageModel:
         head = self.model_map.head.module
         dtype = head.dtype if isinstance(head, PackedHead) else head.get_parameter("weight").dtype
         h_BLD = self.model_map.final_norm(h_BLD).to(dtype)
-        plain = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
-        logits_BLV = linear(h_BLD, head.weight, head.bias) if plain else head(h_BLD)
+        if type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
+            logits_BLV = linear(h_BLD, head.weight, head.bias)
+        else:
+            logits_BLV = head(h_BLD)
         return logits_BLV if logits_BLV.dtype == torch.float64 else logits_BLV.float()
 
     @staticmethod

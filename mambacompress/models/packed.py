@@ -208,32 +208,32 @@ PACKED = (PackedLinear, PackedEmbedding, PackedHead)
 
 
 def arrange(model: nn.Module) -> None:
-    """Rearrange every packed weight of a model for the native kernels of this processor: one weight after the other in
-    memory of their own, each in tiles; the old tensors are let go one by one.
+    """Rearrange every packed weight of a model for the native kernels of this processor, in tiles, and move all of its
+    tensors into one memory, in their order; what held them before, a mapped file say, is let go.
 
-    Tensors that modules share stay shared; nothing happens where the kernels take rows.
+    Tensors that modules share stay shared; nothing happens where the kernels take rows, or other devices hold the model.
     """
-    if native.library() is None or native.level() != "avx512":
+    owners: list[dict[str, Any]] = [o for m in model.modules() for o in (m._parameters, m._buffers)]  # type: ignore[misc]
+    places = [(owner, name) for owner in owners for name, tensor in owner.items() if tensor is not None]
+    tensors: dict[int, Tensor] = {owner[name].data_ptr(): owner[name] for owner, name in places}
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
+    if not on_cpu or native.library() is None or native.level() != "avx512":
         return
-    modules = [module for module in model.modules() if isinstance(module, PACKED) and module.tileable()]
-    owners = {module.qweight.data_ptr(): module for module in reversed(modules)}
-    sharers = [(module, owners[module.qweight.data_ptr()]) for module in modules]
-    owned = [module for module, owner in sharers if module is owner]
-    tensors = [t for m in owned for t in (m.qweight, m.scale, m.zero) if t is not None]
-    memory, start = native.memory(sum(_in_lines(t.nbytes) for t in tensors)), 0
-    del tensors
-
-    def copied(tensor: Tensor) -> Tensor:
-        nonlocal start
-        place = memory[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        start += _in_lines(tensor.nbytes)
-        return place.copy_(tensor)
-
-    for module in owned:
-        module.tile(copied)
-    for module, owner in sharers:
-        if module is not owner:
-            module.share(owner)
+    memory, start = native.memory(sum(_in_lines(tensor.nbytes) for tensor in tensors.values())), 0
+    moved: dict[int, Tensor] = {}
+    for address, tensor in tensors.items():
+        view = memory[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        moved[address], start = view.copy_(tensor.detach()), start + _in_lines(tensor.nbytes)
+    for owner, name in places:
+        if isinstance(owner[name], nn.Parameter):  # one that modules share is met again, moved
+            owner[name].data = moved.get(owner[name].data_ptr(), owner[name].data)
+        else:
+            owner[name] = moved[owner[name].data_ptr()]
+    packed = [module for module in model.modules() if isinstance(module, PACKED) and module.tileable()]
+    for module in {module.qweight.data_ptr(): module for module in packed}.values():
+        module.tile()
+    for module in packed:
+        module.tiled = True
 
 
 def _in_lines(size: int) -> int:

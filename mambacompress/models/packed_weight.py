@@ -185,15 +185,12 @@ class PackedWeight(nn.Module):
         groups = self.scale.shape[1] if self.scale.dim() == 2 else 1
         return not self.tiled and self.qweight.device.type == "cpu" and can_be_tiled(self.qweight, groups)
 
-    def tile(self, copied: Callable[[Tensor], Tensor]) -> None:
-        """Replace the buffers by copies in tiles; ``copied`` says where a copy lies."""
-        self.qweight, self.scale = copied(self.qweight), copied(self.scale)
-        self.zero = None if self.zero is None else copied(self.zero)
+    def tile(self) -> None:
+        """Rearrange in place. Who shares these tensors must be told (``tiled``): see ``packed.arrange``."""
         tile(self.qweight, BYTES)
         for factor in (self.scale, self.zero):
             if factor is not None and factor.dim() == 2:
                 tile(factor, 1)
-        self.tiled = True
 
     def share(self, other: PackedWeight) -> None:
         """Hold the codes and scales of another module of this format and shape."""
