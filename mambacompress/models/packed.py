@@ -211,9 +211,9 @@ def arrange(model: nn.Module) -> None:
     """Rearrange every packed weight of a model for the native kernels of this processor, in tiles, and move all of its
     tensors into one memory, in their order; what held them before, a mapped file say, is let go.
 
-    Tensors that modules share stay shared; nothing happens where the kernels take rows, or other devices hold the model.
+    Tensors that modules share stay shared; nothing happens where kernels take rows, or other devices hold the model.
     """
-    owners: list[dict[str, Any]] = [o for m in model.modules() for o in (m._parameters, m._buffers)]  # type: ignore[misc]
+    owners: list[Any] = [owner for m in model.modules() for owner in (m._parameters, m._buffers)]
     places = [(owner, name) for owner in owners for name, tensor in owner.items() if tensor is not None]
     tensors: dict[int, Tensor] = {owner[name].data_ptr(): owner[name] for owner, name in places}
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
