@@ -42,10 +42,14 @@ def sizes(directory: str | Path) -> dict[str, float]:
 
 
 def linear_weights(directory: Path) -> int:
-    """How many weights the linears of a Mamba-1 directory have."""
+    """How many weights the linears of a Mamba-1 or Mamba-2 directory have."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    D, E, R, N = (config[key] for key in ("hidden_size", "intermediate_size", "time_step_rank", "state_size"))
-    return int(config["num_hidden_layers"] * (2 * E * D + E * (R + 2 * N) + E * R + E * D))
+    layers, D, N = (config[key] for key in ("num_hidden_layers", "hidden_size", "state_size"))
+    if config["model_type"] == "mamba2":
+        E = int(config["expand"] * D)
+        return int(layers * (D * (2 * E + 2 * config["n_groups"] * N + config["num_heads"]) + E * D))
+    E, R = config["intermediate_size"], config["time_step_rank"]
+    return int(layers * (2 * E * D + E * (R + 2 * N) + E * R + E * D))
 
 
 def llama_rows(file: str | Path, base: dict[str, np.ndarray]) -> list[dict[str, Any]]:
