@@ -151,7 +151,8 @@ def _calibration(model_dir: Path, files: Sequence[str], sequences: int, length: 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description="Quality of recipes on a Mamba-1 or Mamba-2")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality",
+                                     description="Quality of recipes on a Mamba-1 or Mamba-2")
     parser.add_argument("model", type=Path, help="a transformers Mamba-1 or Mamba-2 directory")
     parser.add_argument("--text", action="append", required=True, help="evaluation text; may be repeated")
     parser.add_argument("--calibration", action="append", default=[], help="text (default: each recipe's own)")
