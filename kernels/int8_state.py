@@ -15,7 +15,7 @@ It depends on the sequence's own count of steps and on nothing else, so a row gi
 and on any number of threads. Tried on a trained Mamba-1 over teacher-forced novels, state requantized every token:
 
 - to nearest: the divergence is the largest and still growing at the end;
-- pseudo-random (hash) dither: does not grow; about half as much again as the Weyl sequence at the same bytes;
+- pseudo-random dither: levels off once the slow states are filled, like the Weyl sequence, about half as much above;
 - error feedback: the residual must be stored too. In four bits it is better than any dither, at half as many bytes
   again; in two bits it is itself rounded to nearest, and drifts;
 - a second scale, of the state index (rank one: exact at every step, or fixed when a sequence begins), changed nothing:

@@ -190,12 +190,13 @@ def test_an_unknown_setting(calls: Calls):
 
 
 def test_generate_prints_as_it_goes(calls: Calls):
-    shown = cli("generate", "m", "--prompt", "[bold]", "-n", 5, "--temperature", 0.7, "--top-p", 0.9, "--seed", 3)
+    shown = cli("generate", "m", "--prompt", "[bold]", "-n", 5, "--temperature", 0.7, "--top-p", 0.9, "--seed", 3,
+                "--state", "int8")
     assert shown.stdout == "[bold]Once upon\n"
     (_, load, _), (_, positional, named) = calls
     assert load == ("m",)
     assert positional == ("model", "[bold]", 5)
-    assert named == {"temperature": 0.7, "top_k": None, "top_p": 0.9, "seed": 3}
+    assert named == {"temperature": 0.7, "top_k": None, "top_p": 0.9, "seed": 3, "state": "int8"}
 
 
 def test_verify_says_what_it_counted(calls: Calls):

@@ -21,6 +21,7 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest of this mass.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    state: Annotated[str, typer.Option(help="Of the recurrent states: fp32, or int8 rounded at every step.")] = "fp32",
     device: Device = "cpu",
     strict_kernels: StrictKernels = False,
 ) -> None:
@@ -38,7 +39,7 @@ def generate(
         loaded = mc.load(model, device=device)
         typer.echo(prompt, nl=False)
         for piece in mc.generate(
-            loaded, prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+            loaded, prompt, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, state=state
         ):
             typer.echo(piece, nl=False)
     typer.echo()

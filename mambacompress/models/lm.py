@@ -192,7 +192,7 @@ def stream(model: Any, input_ids: Tensor, max_new_tokens: int, *, temperature: f
     largest and then to the smallest set that holds ``top_p`` of the probability. A row that made one of
     ``eos_token_id`` (the model's own where None) gives ``pad_token_id`` (the first eos where None) from then on; the
     stream ends when all rows have. seed: of the draws; None for a new one each time. state: ``int8`` keeps the
-    recurrent states of all steps behind the prompt in a quarter of the memory, rounded at every step.
+    recurrent states of all steps behind the prompt in a quarter to a third of the memory, rounded at every step.
 
     Raises UserError for arguments that cannot work, before the first step.
     """
