@@ -73,9 +73,10 @@ def test_ctrl_c_is_130_and_a_resumed_run_has_the_same_losses(here: Path):
     settings = [*SHORT[1:], "steps=60"]
     run(*command("whole", settings=settings))
     process = subprocess.Popen([sys.executable, *command("cut", settings=settings)], stderr=subprocess.PIPE, text=True)
+    log = here / "cut" / "training.jsonl"
     try:
         deadline = time.monotonic() + 120
-        while process.poll() is None and not (here / "cut" / "training.jsonl").is_file():
+        while process.poll() is None and not (log.is_file() and log.stat().st_size):  # a step is done
             assert time.monotonic() < deadline, "it never started"
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
