@@ -9,19 +9,6 @@
 // Either way a row's result does not depend on how many rows there are.
 namespace MC_LEVEL {
 
-constexpr int64_t FLOATS_AHEAD = 4096;  // bytes of weights on their way from memory
-
-MC_INLINE float sum_of(V x) {
-#if MC_WIDTH == 16
-    __m256 a = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, x.v, 0), _mm512_maskz_extractf32x8_ps(0xff, x.v, 1));
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-#else
-    return lane_sum(x);
-#endif
-}
-
 // RA rows of x times row `index` of n floats, which comes from memory and is read in order, once; the sums of float_tile.
 template <int RA, int DTYPE>
 static inline void float_row(const float* const* x, const void* weight, int64_t index, int64_t n, float* out) {
@@ -29,7 +16,7 @@ static inline void float_row(const float* const* x, const void* weight, int64_t 
     for (int r = 0; r < RA; ++r) total[r] = zero();
     int64_t k = 0;
     for (; k + W <= n; k += W) {
-        __builtin_prefetch(static_cast<const char*>(weight) + (index * n + k) * (DTYPE == F32 ? 4 : 2) + FLOATS_AHEAD, 0, 2);
+        __builtin_prefetch(static_cast<const char*>(weight) + (index * n + k) * (DTYPE == F32 ? 4 : 2) + AHEAD, 0, 2);
         const V w = load_any(weight, index * n + k, DTYPE, W);
         for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), w, total[r]);
     }
@@ -37,7 +24,7 @@ static inline void float_row(const float* const* x, const void* weight, int64_t 
         const V w = load_any(weight, index * n + k, DTYPE, int(n - k));
         for (int r = 0; r < RA; ++r) total[r] = fma(load(x[r] + k), w, total[r]);
     }
-    for (int r = 0; r < RA; ++r) out[r] = sum_of(total[r]);
+    for (int r = 0; r < RA; ++r) out[r] = lane_sum(total[r]);
 }
 
 template <int RA>
@@ -66,7 +53,7 @@ MC_INLINE void float_tile(const float* const* x, const float* const* w, int64_t 
             for (int r = 0; r < RA; ++r) total[r][c] = fma(load(x[r] + k), weight, total[r][c]);
         }
     for (int r = 0; r < RA; ++r)
-        for (int c = 0; c < 4; ++c) out[r][c] = sum_of(total[r][c]);
+        for (int c = 0; c < 4; ++c) out[r][c] = lane_sum(total[r][c]);
 }
 
 // 4 weight rows from `first` as floats in `to`, [4][step]. Group scales are applied to the weight, a row's own after the sum.
@@ -158,9 +145,7 @@ static inline void float_tile16(const Linear& p, Rows& rows, int64_t m, int64_t 
                 for (int r = 0; r < R; ++r) acc[r][j & 3] = fma(set1(x[r][q * (NIBBLE ? 8 : 4) + j]), w, acc[r][j & 3]);
             }
         }
-        V scale;
-        if (p.scale_dtype == F16) scale = load_f16(static_cast<const uint16_t*>(p.scale) + factor_index(p, first, g));
-        else scale = load(static_cast<const float*>(p.scale) + factor_index(p, first, g));
+        const V scale = load_any(p.scale, factor_index(p, first, g), int(p.scale_dtype), W);
         MC_UNROLL(4)
         for (int r = 0; r < R; ++r) {
             const V part = ((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3])) * scale;

@@ -3,8 +3,6 @@ namespace MC_LEVEL {
 
 #if MC_WIDTH == 16
 
-constexpr int64_t AHEAD = 4096;  // bytes of a tile on their way from memory to the second-level cache
-
 // Accumulators of one sum: with few sums at a time several take turns, so that no dot instruction waits for the last one.
 constexpr int turns(int sums) { return sums >= 4 ? 1 : sums >= 2 ? 2 : 4; }
 

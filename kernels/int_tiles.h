@@ -112,6 +112,7 @@ static inline void widen_into(Rows& rows, int64_t m, const void* x, int64_t inde
 }
 
 constexpr int64_t TILE_OUTPUTS = 16;
+constexpr int64_t AHEAD = 4096;  // bytes of weights on their way from memory to the second-level cache
 
 // One integer linear as its caller describes it. weight rows are `row_bytes` apart, without padding. tiled: how many outputs,
 // from the first, lie in tiles.
@@ -269,10 +270,9 @@ static inline void pack_quads(const uint8_t* weight, int64_t first, int64_t outp
 
 // The scales of 16 outputs, a tile or rows, as [group][16] floats.
 static inline void pack_scales(const Linear& p, int64_t first, float* to) {
-    const bool half = p.scale_dtype == F16;
     if (first + TILE_OUTPUTS <= p.tiled) {
         for (int64_t i = first * p.groups; i < (first + TILE_OUTPUTS) * p.groups; i += 16, to += 16)
-            store(to, half ? load_f16(static_cast<const uint16_t*>(p.scale) + i) : load(static_cast<const float*>(p.scale) + i));
+            store(to, load_any(p.scale, i, int(p.scale_dtype), W));
         return;
     }
     __m512i r[16];
@@ -280,7 +280,7 @@ static inline void pack_scales(const Linear& p, int64_t first, float* to) {
         __mmask16 part = lanes(p.groups - g);
         for (int i = 0; i < 16; ++i) {
             int64_t at = std::min(first + i, p.outputs - 1) * p.groups + g;
-            if (half) {
+            if (p.scale_dtype == F16) {
                 __m256i halves = _mm256_maskz_loadu_epi16(part, static_cast<const uint16_t*>(p.scale) + at);
                 r[i] = _mm512_castps_si512(_mm512_cvtph_ps(halves));
             } else {

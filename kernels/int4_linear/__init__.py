@@ -22,7 +22,7 @@ from mambacompress.kernels.int4_linear.reference import (
     unpack_nibbles,
 )
 from mambacompress.kernels.int8_linear import BYTES, check_input, lacks, qmax_of, tile, wide_dtype
-from mambacompress.kernels.int8_linear.cpu import integer_linear
+from mambacompress.kernels.int8_linear.cpu import native_linear
 
 
 def int4_linear(
@@ -60,7 +60,7 @@ def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | No
 def _run(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int,
          activation: str, act_scale: Tensor | None, act_bits: int, tiled: bool) -> Tensor:
     if registry.choose("int4_linear", x.device, x.dtype, lacks(x, qweight, scale)) == "native":
-        return integer_linear("mc_int4_linear", x, qweight, scale, zero, bias, scale.shape[1], activation, act_scale,
+        return native_linear("mc_int4_linear", x, qweight, scale, zero, bias, scale.shape[1], activation, act_scale,
                               act_bits, tiled)
     return int4_linear_reference(x, qweight, scale, zero, bias, group_size=group_size, activation=activation,
                                  act_scale=act_scale, act_bits=act_bits, tiled=tiled)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels import native, registry
-from mambacompress.kernels.int8_linear.cpu import integer_linear
+from mambacompress.kernels.int8_linear.cpu import native_linear
 from mambacompress.kernels.int8_linear.reference import (
     MODES,
     int8_linear_reference,
@@ -75,7 +75,7 @@ def check_input(op: str, x: Tensor, outputs: int, inputs: int, bias: Tensor | No
 def _run(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
          act_bits: int, tiled: bool) -> Tensor:
     if registry.choose("int8_linear", x.device, x.dtype, lacks(x, qweight, scale)) == "native":
-        return integer_linear("mc_int8_linear", x, qweight, scale, None, bias, 1, activation, act_scale, act_bits,
+        return native_linear("mc_int8_linear", x, qweight, scale, None, bias, 1, activation, act_scale, act_bits,
                               tiled)
     return int8_linear_reference(x, qweight, scale, bias, activation=activation, act_scale=act_scale, act_bits=act_bits,
                                  tiled=tiled)

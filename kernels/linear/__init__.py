@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mambacompress.kernels import native, registry
-from mambacompress.kernels.int8_linear.cpu import float_linear
+from mambacompress.kernels.int8_linear.cpu import native_linear
 from mambacompress.kernels.tolerances import rms_ratio
 
 FEW_ROWS = 8
@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y [..., O] = x [..., I] Wᵀ + bias, in x's dtype; weight: [O, I] of x's dtype, bias: [O] or None."""
     if not _suits(x, weight, bias) or registry.choose("linear", x.device, x.dtype) != "native":
         return F.linear(x, weight, bias)
-    return float_linear(x, weight, bias)
+    return native_linear("mc_linear", x, weight, bias=bias)
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -167,16 +167,12 @@ def selective_scan_cpu(
     initial_state_BEN: Tensor | None, reverse: bool, resets_BL: Tensor | None, scales: Any,
 ) -> tuple[Tensor, Tensor]:
     """``selective_scan`` in native code; resets_BL: bool, true where the state restarts, in the order of the scan."""
-    factors: list[Tensor | None] = [None] * 5
-    if scales is not None:
-        channels, rows = u_BLE.shape[2:], B_BLGN.shape[2:]
-        factors = [_scale(scales.u, channels), _scale(scales.dt, channels), _scale(scales.B, rows),
-                   _scale(scales.C, rows), _scale(scales.z, channels)]
     direct = native.runs_directly(u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, initial_state_BEN)
     run: Any = run_forward if direct else scan_op
     y, final, _ = run(
         u_BLE, dt_BLE, _fp32(A_EN), B_BLGN, C_BLGN, _fp32(D_E), z_BLE, _fp32(dt_bias_E), _fp32(z_scale_E),
-        _fp32(initial_state_BEN), resets_BL, *factors, dt_softplus, reverse, not direct)
+        _fp32(initial_state_BEN), resets_BL,
+        *input_scales(scales, u_BLE.shape[2:], B_BLGN.shape[2:]), dt_softplus, reverse, not direct)
     return y, final
 
 
@@ -235,6 +231,16 @@ def resets(seq_idx_BL: Tensor | None, reverse: bool) -> Tensor | None:
     if seq_idx_BL is None:
         return None
     return ~same_as_previous(seq_idx_BL.flip(1)).flip(1) if reverse else ~same_as_previous(seq_idx_BL)
+
+
+def input_scales(scales: Any, channels: tuple[int, ...], rows: tuple[int, ...]) -> list[Tensor | None]:
+    """Of u, dt, B, C and z as the native code reads them; None where there are none. channels, rows: shapes of a token
+    of u and of B.
+    """
+    if scales is None:
+        return [None] * 5
+    return [_scale(scales.u, channels), _scale(scales.dt, channels), _scale(scales.B, rows), _scale(scales.C, rows),
+            _scale(scales.z, channels)]
 
 
 def _scale(scale: Tensor | float | None, shape: tuple[int, ...]) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mambacompress.kernels import native
 from mambacompress.kernels.int8_state import Int8State, states_first
-from mambacompress.kernels.selective_scan.cpu import _fp32, _scale
+from mambacompress.kernels.selective_scan.cpu import _fp32, input_scales
 
 
 class _Update(ctypes.Structure):
@@ -70,15 +70,11 @@ def update_int8_cpu(
     z_BE: Tensor | None, dt_bias_E: Tensor | None, *, dt_softplus: bool, z_scale_E: Tensor | None, scales: Any,
 ) -> tuple[Tensor, Int8State]:
     """``selective_state_update_int8`` in native code."""
-    factors: list[Tensor | None] = [None] * 5
-    if scales is not None:
-        channels, rows = u_BE.shape[1:], B_BGN.shape[1:]
-        factors = [_scale(scales.u, channels), _scale(scales.dt, channels), _scale(scales.B, rows),
-                   _scale(scales.C, rows), _scale(scales.z, channels)]
     step_B = state.step + 1
     direct = native.runs_directly(u_BE, dt_BE, A_EN, B_BGN, C_BGN, D_E, z_BE, dt_bias_E)
     run: Any = run_update if direct else update_op
     y, codes, scale = run(
         state.codes, state.scale, step_B, u_BE[:, None], dt_BE[:, None], _fp32(A_EN), B_BGN[:, None], C_BGN[:, None],
-        _fp32(D_E), None if z_BE is None else z_BE[:, None], _fp32(dt_bias_E), _fp32(z_scale_E), *factors, dt_softplus)
+        _fp32(D_E), None if z_BE is None else z_BE[:, None], _fp32(dt_bias_E), _fp32(z_scale_E),
+        *input_scales(scales, u_BE.shape[1:], B_BGN.shape[1:]), dt_softplus)
     return y[:, 0], Int8State(codes, scale, step_B)

@@ -100,8 +100,9 @@ class LanguageModel:
     def embed(self, ids: Tensor) -> Tensor:
         """The residual that ids [...] start with, [..., D]: in fp32 where the blocks keep it so."""
         h_D = self.model_map.embedding.module(ids)
-        in_fp32 = all(block.module.residual_in_fp32 for block in self.model_map.blocks)
-        return h_D.float() if in_fp32 and h_D.dtype != torch.float64 else h_D
+        if h_D.dtype in (torch.float32, torch.float64):  # looking at every block costs a token's time
+            return h_D
+        return h_D.float() if all(block.module.residual_in_fp32 for block in self.model_map.blocks) else h_D
 
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Final norm and head on the residual [B, L, D]: fp32 (fp64 for an fp64 model)."""
