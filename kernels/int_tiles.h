@@ -115,9 +115,9 @@ constexpr int64_t TILE_OUTPUTS = 16;
 constexpr int64_t AHEAD = 4096;  // bytes of weights on their way from memory to the second-level cache
 
 // One integer linear as its caller describes it. weight rows are `row_bytes` apart, without padding. tiled: how many outputs,
-// from the first, lie in tiles.
+// from the first, lie in tiles. x_row, y_row: elements between rows.
 struct Linear {
-    int64_t rows, inputs, outputs, groups, threads, activation, act_bits, x_row, x_dtype, y_dtype, scale_dtype, tiled;
+    int64_t rows, inputs, outputs, groups, threads, activation, act_bits, x_row, y_row, x_dtype, y_dtype, scale_dtype, tiled;
     const void *x, *weight, *scale;
     const uint8_t* zero;
     const float *bias, *act_scale;
@@ -154,7 +154,7 @@ static inline const uint8_t* row_of(const Linear& p, bool nibbles, int64_t outpu
 MC_INLINE void finish_one(const Linear& p, Rows& rows, int64_t m, int64_t output, float sum) {
     float y = sum * rows.scales[size_t(m)];
     if (p.bias) y = y + p.bias[output];
-    store_one(p.y, m * p.outputs + output, int(p.y_dtype), y);
+    store_one(p.y, m * p.y_row + output, int(p.y_dtype), y);
 }
 
 // -- any level: plain loops ------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ MC_INLINE void finish_lanes(const Linear& p, Rows& rows, int64_t m, int64_t firs
     __mmask16 mask = lanes(p.outputs - first);
     __m512 y = _mm512_mul_ps(sum, _mm512_set1_ps(rows.scales[size_t(m)]));
     if (p.bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, p.bias + first));
-    put(p.y, m * p.outputs + first, p.y_dtype, y, mask);
+    put(p.y, m * p.y_row + first, p.y_dtype, y, mask);
 }
 #endif
 

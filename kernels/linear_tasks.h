@@ -67,9 +67,12 @@ struct Tasks {
 
     // Row m of p.x, ready for the tasks. Scratch of a row each: see quantize_into.
     void prepare(Rows& rows, int64_t m, float* row, int8_t* natural) const {
-        if (floats()) widen_into(rows, m, p.x, m * p.x_row, int(p.x_dtype));
-        else quantize_into(rows, m, p.x, m * p.x_row, int(p.x_dtype), p.activation == 1 ? p.act_scale : nullptr, p.qmax(), row,
-                           natural);
+        prepare_from(rows, m, p.x, m * p.x_row, int(p.x_dtype), row, natural);
+    }
+
+    // The same of a row that lies elsewhere.
+    void prepare_from(Rows& rows, int64_t m, const float* x, float* row, int8_t* natural) const {
+        prepare_from(rows, m, x, 0, F32, row, natural);
     }
 
     void run(Rows& rows, int64_t task, Workspace& work) const {
@@ -86,6 +89,11 @@ struct Tasks {
     }
 
   private:
+    void prepare_from(Rows& rows, int64_t m, const void* x, int64_t index, int dtype, float* row, int8_t* natural) const {
+        if (floats()) widen_into(rows, m, x, index, dtype);
+        else quantize_into(rows, m, x, index, dtype, p.activation == 1 ? p.act_scale : nullptr, p.qmax(), row, natural);
+    }
+
     void run_floats(Rows& rows, int64_t first, Workspace& work) const {
         if (weights == FLOATS) return float_outputs(p, rows, first, nullptr, false);
         const float* at[4];

@@ -42,13 +42,13 @@ MC_INLINE void for_states(int64_t N, Step&& step, int64_t n = 0) {
 // G states of W channels over the tokens of a tile: h <- a h + (dt u) B, y += C . h.
 struct Advance {
     int64_t N, tokens;
-    const float *A2, *B, *C;  // A2: W channels a state, A2_step apart; B, C: [token][n]
+    const float *A2, *B, *C;  // A2: W channels a state, A2_step apart; B, C: N a token, BC_step apart
     const V *dt, *dtu;
     const bool* restart;
     const float* from;  // the state: W channels a state, from_step apart; `to` may be the same memory
     float* to;
     V* y;
-    int64_t A2_step = W, from_step = W, to_step = W;
+    int64_t A2_step = W, from_step = W, to_step = W, BC_step = N;
 
     template <int G>
     MC_INLINE void run(int64_t first) const {
@@ -63,7 +63,7 @@ struct Advance {
                 MC_UNROLL(8)
                 for (int i = 0; i < G; ++i) h[i] = zero();
             }
-            const float *B_t = B + t * N + first, *C_t = C + t * N + first;
+            const float *B_t = B + t * BC_step + first, *C_t = C + t * BC_step + first;
             const V step = dt[t], input = dtu[t];
             V even = y[t], odd = zero();
             MC_UNROLL(8)
