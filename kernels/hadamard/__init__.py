@@ -121,5 +121,5 @@ def check() -> tuple[float, float]:
     return max(float((got.float() - want.float()).abs().max()) for got, want in pairs), 0.0
 
 
-__all__ = ["BASES", "base_matrix", "check", "hadamard", "hadamard_int8", "hadamard_matrix", "hadamard_reference", "largest_block",
-           "supported"]
+__all__ = ["BASES", "base_matrix", "check", "hadamard", "hadamard_int8", "hadamard_matrix", "hadamard_reference",
+           "largest_block", "supported"]
