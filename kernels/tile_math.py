@@ -1,0 +1,84 @@
+"""What the Triton kernels share: elementwise functions on fp32 blocks, and the rounding of the integer linears.
+
+Kernels import this only through an op's ``triton.py``. Every function takes and returns fp32 unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+SMALLEST_SCALE = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def wide(x):
+    """A loaded block in fp32; before anything else is done with it (bf16 has no arithmetic here)."""
+    return x.to(tl.float32)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), to a few units in the last place in the tail too: there log(1 + t) = t (1 - t/2 + t²/3)."""
+    t = tl.exp2(tl.minimum(x, 20.0) * LOG2E)
+    near = tl.where(t < 0.00390625, t * (1.0 + t * (-0.5 + t * (0.33333334 - 0.25 * t))), tl.log(1.0 + t))
+    return tl.where(x > 20.0, x, near)
+
+
+@triton.jit
+def exp2_polynomial(x):
+    """2^x for x <= 0 without the special function unit: nine FMA-pipe instructions, relative error 2e-7.
+
+    x = n + f with n = round(x), f in [-1/2, 1/2]; Taylor's polynomial of degree 6 for 2^f, and n added to the
+    exponent. Below -126 the result is 0.
+    """
+    x = tl.maximum(x, -127.0)
+    shifted = x + ROUNDING
+    f = x - (shifted - ROUNDING)
+    p = 1.5403530e-4
+    p = p * f + 1.3333558e-3
+    p = p * f + 9.6181291e-3
+    p = p * f + 5.5504109e-2
+    p = p * f + 2.4022651e-1
+    p = p * f + 6.9314718e-1
+    p = p * f + 1.0
+    exponent = (shifted.to(tl.int32, bitcast=True) - 0x4B400000) << 23
+    return tl.where(x < -126.0, 0.0, (p.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def round_half_even(x):
+    """Nearest integers of |x| < 2^22, ties to even, still fp32."""
+    return (x + ROUNDING) - ROUNDING
+
+
+@triton.jit
+def codes_of(x, scale, qmax: tl.constexpr):
+    """int8 codes clamp(round(x / scale)); NaN gives 0."""
+    q = tl.div_rn(x, scale + tl.zeros_like(x))
+    q = tl.where(q == q, q, 0.0)
+    return round_half_even(tl.minimum(tl.maximum(q, -qmax), qmax)).to(tl.int8)
+
+
+@triton.jit
+def round_to(x, pointer):
+    """x rounded to the dtype ``pointer`` points to, ties to even, in fp32 again."""
+    if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:  # the interpreter's own conversion cuts the bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(pointer.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def narrow(x, pointer):
+    """x as it is stored at ``pointer``."""
+    return round_to(x, pointer).to(pointer.dtype.element_ty)
