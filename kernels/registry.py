@@ -85,6 +85,7 @@ def strict(on: bool = True) -> Iterator[None]:
         _strict.reset(token)
 
 
+@torch.compiler.assume_constant_result  # traced once: the choice becomes part of the graph
 def choose(op: str, device: torch.device, dtype: torch.dtype, lacks: Sequence[str] = (),
            triton: Sequence[str] | None = None) -> str:
     """``native``, ``triton`` or ``reference`` for this call.
