@@ -5,7 +5,9 @@
 Every op's ``triton.py`` has ``offline_calls()``: calls of its public functions on meta tensors of real sizes, one a
 shipped variant. Each launch compiles all of its autotuning configurations, by Triton's own path, so the specializations
 are those of a real call. NVIDIA's registers and spills come from the bundled cuobjdump (``LOCAL`` and ``STACK`` bytes a
-thread), AMD's from the metadata in the assembly. A spill, or shared memory above the card's, makes the exit status 1.
+thread), AMD's from the metadata in the assembly. A spill into memory, or shared memory above the card's, makes the exit
+status 1. (AMD's scalar registers, which hold the arguments, spill into lanes of vector registers: that is no memory,
+and is listed apart.)
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class Resources:
     registers: int
     shared: int
     spills: int
+    scalar_spills: int  # AMD's scalar registers kept in vector registers
     wide_loads: int  # 128-bit ones, in the code
     tensor_cores: int  # matrix instructions, in the code
 
@@ -71,16 +74,19 @@ def _read(op: str, one: gpu.Compiled, target: str) -> Resources:
     result, assembly = one.result, one.result.asm
     if gpu.TARGETS[target].backend == "cuda":
         registers, spills = _nvidia(assembly["cubin"])
+        scalars = 0
         text = assembly["ptx"]
         wide = len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", text))
         matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", text))
     else:
         text = assembly["amdgcn"]
         registers = _number(text, r"\.vgpr_count:\s+(\d+)")
-        spills = _number(text, r"\.vgpr_spill_count:\s+(\d+)") + _number(text, r"\.sgpr_spill_count:\s+(\d+)")
+        spills = _number(text, r"\.vgpr_spill_count:\s+(\d+)")
+        spills += _number(text, r"\.private_segment_fixed_size:\s+(\d+)")
+        scalars = _number(text, r"\.sgpr_spill_count:\s+(\d+)")
         wide, matrix = len(re.findall(r"_load_dwordx4", text)), len(re.findall(r"\bv_mfma_", text))
     return Resources(op, one.kernel, one.configuration, target, result.metadata.num_warps, registers,
-                     result.metadata.shared, spills, wide, matrix)
+                     result.metadata.shared, spills, scalars, wide, matrix)
 
 
 def _number(text: str, pattern: str) -> int:

@@ -31,9 +31,9 @@ def test_shipped_kernels_compile_and_spill_nothing(target: str, tmp_path: Path) 
 
 
 def test_a_spill_is_seen() -> None:
-    row = Resources("an_op", "kernel", "", "sm_90", 4, 255, 0, 16, 0, 0)
+    row = Resources("an_op", "kernel", "", "sm_90", 4, 255, 0, 16, 0, 0, 0)
     assert "spills" in row.wrong()
-    assert "shared memory" in Resources("an_op", "kernel", "", "gfx942", 4, 99, 70_000, 0, 0, 0).wrong()
+    assert "shared memory" in Resources("an_op", "kernel", "", "gfx942", 4, 99, 70_000, 0, 0, 0, 0).wrong()
 
 
 def test_the_interpreter_compiles_nothing() -> None:
