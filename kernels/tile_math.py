@@ -8,8 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mambacompress.kernels import int8_state
+
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
+STEP, CHANNEL, STATE = (tl.constexpr(number) for number in (int8_state.STEP, int8_state.CHANNEL, int8_state.STATE))
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
 
@@ -82,3 +85,24 @@ def round_to(x, pointer):
 def narrow(x, pointer):
     """x as it is stored at ``pointer``."""
     return round_to(x, pointer).to(pointer.dtype.element_ty)
+
+
+@triton.jit
+def dither(step, channel, state):
+    """What is added to a state before it is rounded down to its code: ``int8_state``, in whole numbers modulo 2^32."""
+    place = step.to(tl.uint32) * STEP + channel.to(tl.uint32) * CHANNEL + state.to(tl.uint32) * STATE
+    return (place >> 8).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def int8_state_scale(b_h, AXIS: tl.constexpr):
+    """The scale of every channel's states, NaN where one of them is no finite number."""
+    largest = tl.max(tl.abs(b_h), AXIS)
+    return tl.div_rn(tl.maximum(largest, 1e-30), tl.full(largest.shape, 127.0, tl.float32)) + tl.sum(b_h - b_h, AXIS)
+
+
+@triton.jit
+def int8_state_codes(b_scaled, b_dither):
+    """int8 codes of states divided by their scale."""
+    x = tl.minimum(tl.maximum(tl.floor(b_scaled + b_dither), -127.0), 127.0)
+    return tl.where(x == x, x, -127.0).to(tl.int8)

@@ -236,7 +236,7 @@ def offline_calls() -> None:
     one, A = torch.empty(1536, device="meta"), torch.empty(1536, 16, device="meta")
     initial = states_last(2, 1536, 16, one.device)
 
-    def inputs(dtype: torch.dtype, length: int) -> tuple[Tensor, ...]:
+    def inputs(dtype: torch.dtype, length: int) -> tuple[Any, ...]:
         u = torch.empty(2, length, 1536, dtype=dtype, device="meta")
         B = u.new_empty(2, length, 1, 16)
         return u, u, A, B, B, one, u, one
