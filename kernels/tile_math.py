@@ -106,3 +106,20 @@ def int8_state_codes(b_scaled, b_dither):
     """int8 codes of states divided by their scale."""
     x = tl.minimum(tl.maximum(tl.floor(b_scaled + b_dither), -127.0), 127.0)
     return tl.where(x == x, x, -127.0).to(tl.int8)
+
+
+@triton.jit
+def operand(x):
+    """A float block as ``tl.dot`` takes it: the interpreter multiplies bf16 only in fp32."""
+    return x.to(tl.float32) if INTERPRETED else x
+
+
+@triton.jit
+def tile_of(program, rows, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile) of a program: GROUP row tiles share a column of tiles, so that both stay in L2."""
+    tiles_r, tiles_c = tl.cdiv(rows, BLOCK_R), tl.cdiv(columns, BLOCK_C)
+    i_group = program // (GROUP * tiles_c)
+    first = i_group * GROUP
+    size = min(tiles_r - first, GROUP)
+    inside = program % (GROUP * tiles_c)
+    return first + inside % size, inside // size
