@@ -49,6 +49,7 @@ class Compiled:
 
 
 _compiled: ContextVar[list[Compiled] | None] = ContextVar("mambacompress_compiled", default=None)
+_target: ContextVar[Target | None] = ContextVar("mambacompress_target", default=None)
 
 
 @functools.cache
@@ -65,6 +66,12 @@ def interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def amd() -> bool:
+    """Whether kernels are for AMD's cards, whose warps have 64 threads."""
+    target = _target.get()
+    return torch.version.hip is not None if target is None else target.backend == "hip"
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, lacks: Sequence[str]) -> str | None:
@@ -132,11 +139,12 @@ def compiling_for(target: Target) -> Iterator[list[Compiled]]:
 
     triton.runtime.driver.set_active(Offline())
     record: list[Compiled] = []
-    token = _compiled.set(record)
+    tokens = _compiled.set(record), _target.set(target)
     try:
         yield record
     finally:
-        _compiled.reset(token)
+        _compiled.reset(tokens[0])
+        _target.reset(tokens[1])
 
 
 def _compile(record: list[Compiled], kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -150,5 +158,5 @@ def _compile(record: list[Compiled], kernel: Any, arguments: tuple[Any, ...], co
                                result))
 
 
-__all__ = ["DTYPES", "FLOATS", "TARGETS", "Compiled", "Target", "compiling_for", "installed", "interpreted", "launch",
+__all__ = ["DTYPES", "FLOATS", "TARGETS", "Compiled", "Target", "amd", "compiling_for", "installed", "interpreted", "launch",
            "obstacle", "tuned"]
