@@ -75,10 +75,24 @@ def codes_of(x, scale, qmax: tl.constexpr):
 def round_to(x, pointer):
     """x rounded to the dtype ``pointer`` points to, ties to even, in fp32 again."""
     if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:  # the interpreter's own conversion cuts the bits off
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+        return _nearest_bf16(x)
     return x.to(pointer.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _nearest_bf16(x):
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def factor(x, BF16: tl.constexpr):
+    """An fp32 block as a factor of ``tl.dot``: rounded to bf16, or as it is."""
+    if BF16:
+        return _nearest_bf16(x) if INTERPRETED else x.to(tl.bfloat16)
+    else:  # noqa: RET505 - to Triton, code behind an ``if`` is always compiled
+        return x
 
 
 @triton.jit

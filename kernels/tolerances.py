@@ -17,6 +17,7 @@ GRADIENT = {torch.float64: 1e-10, torch.float32: 5e-6, torch.bfloat16: 6e-3, tor
 # last place.
 TRITON_FORWARD = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 TRITON_GRADIENT = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}
+TRITON_CHUNKED = 2e-5  # the scan of Mamba-2 in fp32: its decays are differences of sums over a chunk
 TRITON_CODES = 1e-3  # share of int8 codes that may be one off their reference's
 CHUNKED_VERSUS_STEPS = 1e-5  # the chunked scan of Mamba-2 against its decode steps, fp32
 
