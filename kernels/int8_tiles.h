@@ -38,6 +38,8 @@ static inline void int8_tile(const Linear& p, Rows& rows, int64_t m, int64_t fir
             for (int t = 0; t < T; ++t) dot_add(acc[u][r][t], w[t], quad);
         }
     };
+    if (FETCH)  // the scales of the next tiles, a line each
+        __builtin_prefetch(static_cast<const float*>(p.scale) + first + 4 * TILE_OUTPUTS, 0, 3);
     int64_t q = 0;
     for (; q + U <= quads; q += U) {
         MC_UNROLL(4)
