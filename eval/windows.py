@@ -21,8 +21,10 @@ from torch import Tensor
 
 from mambacompress import data
 from mambacompress.errors import UserError
+from mambacompress.kernels import native
 
 LOGIT_BYTES = 192 << 20  # of one batch of fp32 logits; memory stays bounded whatever the vocabulary
+CACHED_TOKENS = 1024  # of one batch where native kernels read it: what they pass on then stays in the cache
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,12 @@ class Windows:
             yield torch.stack(rows), scored, group
 
     def batch_size(self, vocabulary: int) -> int:
-        """As many windows as keep one batch of fp32 logits within bounds."""
-        return max(1, min(16, LOGIT_BYTES // (4 * self.context * vocabulary)))
+        """As many windows as keep one batch of fp32 logits within bounds.
+
+        Native kernels want a batch that fits the cache, torch's loops over tokens as many rows as there are.
+        """
+        most = 16 if native.library() is None else max(1, CACHED_TOKENS // self.context)
+        return max(1, min(most, LOGIT_BYTES // (4 * self.context * vocabulary)))
 
 
 def make_windows(

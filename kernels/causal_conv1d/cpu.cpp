@@ -4,6 +4,9 @@
 // result of a token does not depend on how many tokens come in one call. Backward walks the tokens once, recomputes the
 // convolution, and keeps the gradients of the last K inputs pending until no later output can reach them; gradients of the
 // weights are summed over the tokens of a row, then over rows, in order.
+//
+// A convolution that looks `ahead` tokens ("same" padding) is the causal one read that many tokens later, with zeros behind the
+// end. Where inputs or weights are int8 the taps are codes: their sum is exact in fp32 and is scaled before the bias.
 #ifndef MC_LEVEL
 #include "native.h"
 
@@ -12,14 +15,14 @@ namespace {
 using namespace mc;
 
 struct Conv {
-    int64_t batch, length, channels, width, activation, threads;
+    int64_t batch, length, channels, width, activation, threads, ahead;
     View x, initial, y, resets;  // initial: [batch, width - 1, channels]; resets: uint8 [batch, length]
-    const float *weight, *bias, *act_scale;  // weight: [channels, width]
+    const float *weight, *bias, *act_scale, *scale;  // weight: [channels, width]; scale: of a sum of codes [channels], or null
 };
 
 struct ConvGradient {
     View dy, dx, dinitial;
-    float *dweight, *dbias;
+    float *dweight, *dbias, *dact_scale;
 };
 
 constexpr int64_t MAX_WIDTH = 16;
@@ -38,8 +41,9 @@ extern "C" MC_EXPORT void mc_conv_backward(const Conv* p, const ConvGradient* g)
 namespace MC_LEVEL {
 namespace {
 
-// The input at position t, which lies in the initial state where it is negative (zeros where there is none).
+// The input at position t, which lies in the initial state where it is negative (zeros where there is none); zero behind the end.
 MC_INLINE V input(const Conv& p, int64_t b, int64_t t, int64_t c, int count) {
+    if (t >= p.length) return zero();
     if (t >= 0) return read(p.x, b, t, c, count);
     return p.initial.data ? read(p.initial, b, t + p.width - 1, c, count) : zero();
 }
@@ -69,9 +73,11 @@ void conv_forward_task(const Conv& p, int64_t b, int64_t start, int64_t stop, in
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t c = first + block * W;
             const int count = int(std::min<int64_t>(W, last - c));
-            V y = p.bias ? load_part(p.bias + c, count) : zero();
+            const V bias = p.bias ? load_part(p.bias + c, count) : zero();
+            V y = p.scale ? zero() : bias;
             for (int64_t k = oldest; k < K; ++k)
-                y = fma(input(p, b, t - K + 1 + k, c, count), load(taps.get() + (block * K + k) * W), y);
+                y = fma(input(p, b, t + p.ahead - K + 1 + k, c, count), load(taps.get() + (block * K + k) * W), y);
+            if (p.scale) y = y * load_part(p.scale + c, count) + bias;
             if (p.activation) y = y * sigmoid(p.act_scale ? y * load_part(p.act_scale + c, count) : y);
             write(p.y, b, t, c, count, y);
         }
@@ -89,9 +95,10 @@ void conv_forward(const Conv& p) {
     }
 }
 
-// The block of channels from c of row b. dweight: [channels, K] and dbias: [channels] of this row.
+// The block of channels from c of row b. dweight: [channels, K], dbias and dact_scale: [channels] of this row.
 template <int KS>
-void conv_backward_task(const Conv& p, const ConvGradient& g, int64_t b, int64_t c, int count, float* dweight, float* dbias) {
+void conv_backward_task(const Conv& p, const ConvGradient& g, int64_t b, int64_t c, int count, float* dweight, float* dbias,
+                        float* dact_scale) {
     const int64_t K = KS ? KS : p.width;
     float taps[MAX_WIDTH * W];
     gather_taps(p, c, count, taps);
@@ -100,17 +107,17 @@ void conv_backward_task(const Conv& p, const ConvGradient& g, int64_t b, int64_t
     // Position t - K + 1 of the input is complete: no later output reads it.
     auto emit = [&](int64_t position, V dx) {
         if (position >= 0) {
-            if (g.dx.data) write(g.dx, b, position, c, count, dx);
+            if (g.dx.data && position < p.length) write(g.dx, b, position, c, count, dx);
         } else if (g.dinitial.data) {
             write(g.dinitial, b, position + K - 1, c, count, dx);
         }
     };
-    V window[KS ? KS : MAX_WIDTH], pending[KS ? KS : MAX_WIDTH], dw[KS ? KS : MAX_WIDTH], db = zero();
+    V window[KS ? KS : MAX_WIDTH], pending[KS ? KS : MAX_WIDTH], dw[KS ? KS : MAX_WIDTH], db = zero(), ds = zero();
     for (int64_t k = 0; k < K; ++k) {
         pending[k] = dw[k] = zero();
         window[k] = k ? input(p, b, k - K, c, count) : zero();
     }
-    for (int64_t t = 0; t < p.length; ++t) {
+    for (int64_t t = 0; t < p.length + p.ahead; ++t) {  // the newest input of output t - ahead
         const int64_t oldest = K - 1 - reach(p, b, t);
         MC_UNROLL(4)
         for (int64_t k = 0; k + 1 < K; ++k) {
@@ -119,13 +126,14 @@ void conv_backward_task(const Conv& p, const ConvGradient& g, int64_t b, int64_t
         }
         window[K - 1] = input(p, b, t, c, count);
         pending[K - 1] = zero();
-        V gy = read(g.dy, b, t, c, count);
+        V gy = t < p.ahead ? zero() : read(g.dy, b, t - p.ahead, c, count);
         if (p.activation) {
             V y = bias;
             MC_UNROLL(4)
             for (int64_t k = 0; k < K; ++k)
                 if (k >= oldest) y = fma(window[k], load(taps + k * W), y);
-            V s = sigmoid(scale * y);  // d(y s)/dy = s (1 + scale y (1 - s))
+            V s = sigmoid(scale * y);  // d(y s)/dy = s (1 + scale y (1 - s)), d(y s)/dscale = y y s (1 - s)
+            ds = fma(gy * y, y * (s * (set1(1.0f) - s)), ds);
             gy = gy * (s * fma(scale * y, set1(1.0f) - s, set1(1.0f)));
         }
         db = db + gy;
@@ -137,8 +145,9 @@ void conv_backward_task(const Conv& p, const ConvGradient& g, int64_t b, int64_t
             }
         emit(t - K + 1, pending[0]);
     }
-    for (int64_t k = 1; k < K; ++k) emit(p.length - K + k, pending[k]);
+    for (int64_t k = 1; k < K; ++k) emit(p.length + p.ahead - K + k, pending[k]);
     store_part(dbias + c, db, count);
+    store_part(dact_scale + c, ds, count);
     for (int64_t k = 0; k < K; ++k) {
         float lanes[W];
         store(lanes, dw[k]);
@@ -148,14 +157,15 @@ void conv_backward_task(const Conv& p, const ConvGradient& g, int64_t b, int64_t
 
 void conv_backward(const Conv& p, const ConvGradient& g) {
     const int64_t blocks = ceil_div(p.channels, W), tasks = p.batch * blocks, K = p.width;
-    Scratch<float> part(size_t(p.batch * p.channels * (K + 1)));
-    float *dweight = part.get(), *dbias = dweight + p.batch * p.channels * K;
+    Scratch<float> part(size_t(p.batch * p.channels * (K + 2)));
+    float *dweight = part.get(), *dbias = dweight + p.batch * p.channels * K, *dact_scale = dbias + p.batch * p.channels;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(int(p.threads)) \
     if (p.threads > 1 && tasks > 1 && p.batch * p.length * p.channels > 65536)
     for (int64_t task = 0; task < tasks; ++task) {
         const int64_t b = task / blocks, c = task % blocks * W;
         auto run = K == 4 ? conv_backward_task<4> : conv_backward_task<0>;
-        run(p, g, b, c, int(std::min<int64_t>(W, p.channels - c)), dweight + b * p.channels * K, dbias + b * p.channels);
+        run(p, g, b, c, int(std::min<int64_t>(W, p.channels - c)), dweight + b * p.channels * K, dbias + b * p.channels,
+            dact_scale + b * p.channels);
     }
     auto add_rows = [&](const float* rows, int64_t columns, float* total) {
         if (!total) return;
@@ -165,6 +175,7 @@ void conv_backward(const Conv& p, const ConvGradient& g) {
     };
     add_rows(dweight, p.channels * K, g.dweight);
     add_rows(dbias, p.channels, g.dbias);
+    add_rows(dact_scale, p.channels, g.dact_scale);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels import native, registry
-from mambacompress.kernels.hadamard.cpu import hadamard_native
+from mambacompress.kernels.hadamard.cpu import hadamard_int8_native, hadamard_native
 from mambacompress.kernels.hadamard.reference import (
     BASES,
     base_matrix,
@@ -24,6 +24,7 @@ from mambacompress.kernels.hadamard.reference import (
     split,
     supported,
 )
+from mambacompress.kernels.quantized import check_quantizer, empty_codes, quantized
 
 
 def hadamard(x: Tensor, signs: Tensor | None = None, *, block: int | None = None, transpose: bool = False) -> Tensor:
@@ -81,11 +82,44 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 _op.register_autograd(_backward, setup_context=_setup)
 
+
+def hadamard_int8(x: Tensor, signs: Tensor | None = None, *, block: int | None = None, transpose: bool = False,
+                  act_scale: Tensor | None = None, act_bits: int = 8) -> tuple[Tensor, Tensor]:
+    """(codes int8 [..., n], scales fp32 [..., 1]) of hadamard(x, signs, block=block, transpose=transpose).
+
+    Exactly the codes of ``quantize_rows`` of that result. act_scale: one static scale, None: one a row (token).
+    act_bits: 8 or 4. Not differentiable. Raises ValueError as ``hadamard`` does.
+    """
+    check_arguments(x, signs, block)
+    check_quantizer("hadamard_int8", act_scale, act_bits)
+    run = _run_int8 if native.runs_directly(x, signs, act_scale) else _op_int8
+    return run(x, signs, block or x.shape[-1], transpose, act_scale, act_bits)
+
+
+def _run_int8(x: Tensor, signs: Tensor | None, block: int, transpose: bool, act_scale: Tensor | None,
+              act_bits: int) -> tuple[Tensor, Tensor]:
+    foreign = ["signs on another device"] if signs is not None and signs.device != x.device else []
+    if registry.choose("hadamard_int8", x.device, x.dtype, foreign) == "native":
+        return hadamard_int8_native(x, signs, block, transpose, act_scale, act_bits)
+    return quantized(hadamard_reference(x, signs, block=block, transpose=transpose), act_scale, act_bits)
+
+
+_op_int8 = torch.library.custom_op("mambacompress::hadamard_int8", _run_int8, mutates_args=())
+
+
+@_op_int8.register_fake
+def _fake_int8(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_codes(x)
+
+
 def check() -> tuple[float, float]:
     """(largest difference to the reference, 0) on this machine, for ``doctor``: the same additions, the same bits."""
     x = torch.randn(3, 768, generator=torch.Generator().manual_seed(0))
-    return float((_run(x, None, 768, False) - hadamard_reference(x)).abs().max()), 0.0
+    y = hadamard_reference(x)
+    pairs = [(_run(x, None, 768, False), y), *zip(_run_int8(x, None, 768, False, None, 8), quantized(y, None, 8),
+                                                  strict=True)]
+    return max(float((got.float() - want.float()).abs().max()) for got, want in pairs), 0.0
 
 
-__all__ = ["BASES", "base_matrix", "check", "hadamard", "hadamard_matrix", "hadamard_reference", "largest_block",
-           "supported"]
+__all__ = ["BASES", "base_matrix", "check", "hadamard", "hadamard_int8", "hadamard_matrix", "hadamard_reference",
+           "largest_block", "supported"]

@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambacompress.kernels import native, registry
+from mambacompress.kernels import native
+from mambacompress.kernels.quantized import quantized
 from mambacompress.kernels.rms_norm.cpu import rms_norm_native
+from mambacompress.kernels.rms_norm.fused import (
+    add_rms_norm,
+    check_gated,
+    check_norm,
+    chosen,
+    gated_rms_norm_int8,
+    rms_norm_int8,
+)
 from mambacompress.kernels.rms_norm.reference import gated_rms_norm_reference, rms_norm_reference
 
 TOLERANCE = 1e-6  # RMS ratio to the reference in fp32
@@ -22,9 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
 
     The mean is taken in fp32 (fp64 for fp64); the result has x's dtype, or the weight's where that is wider.
     """
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, the input {tuple(x.shape)}")
-    if not _chosen("rms_norm", x, weight):
+    check_norm("rms_norm", x, weight)
+    if not chosen("rms_norm", x, weight):
         return rms_norm_reference(x, weight, eps)
     return (_run if native.runs_directly(x, weight) else _op)(x, weight, eps)
 
@@ -61,11 +69,7 @@ _op.register_autograd(_backward, setup_context=_setup)
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
     """RMS norm of x * silu(z) in groups of ``group_size`` channels, times weight; x, z: [..., D], weight: [D]."""
-    if x.shape != z.shape or weight.shape != x.shape[-1:]:
-        raise ValueError(f"gated_rms_norm: x {tuple(x.shape)}, z {tuple(z.shape)} and weight {tuple(weight.shape)} do "
-                         "not fit")
-    if group_size < 1 or x.shape[-1] % group_size:
-        raise ValueError(f"gated_rms_norm: groups of {group_size} do not divide {x.shape[-1]} channels")
+    check_gated("gated_rms_norm", x, z, weight, group_size)
     if z.dtype == x.dtype and _native("gated_rms_norm", x, z, weight):
         return rms_norm_native(x, z, weight, eps, group_size)
     return gated_rms_norm_reference(x, z, weight, eps, group_size)
@@ -73,17 +77,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size:
 
 def _native(op: str, x: Tensor, *others: Tensor | None) -> bool:
     """Whether native code runs this call. With gradients the reference does: its backward is torch's own."""
-    return native.runs_directly(x, *others) and _chosen(op, x, *others)
-
-
-def _chosen(op: str, x: Tensor, *others: Tensor | None) -> bool:
-    foreign = [other for other in others if other is not None and (other.device != x.device or not known(other))]
-    return registry.choose(op, x.device, x.dtype, ["a weight of another kind"] if foreign else []) == "native"
-
-
-def known(tensor: Tensor) -> bool:
-    """Whether native code reads this dtype as floats."""
-    return tensor.dtype in native.DTYPE_CODES and tensor.dtype != torch.int8
+    return native.runs_directly(x, *others) and chosen(op, x, *others)
 
 
 def check() -> tuple[float, float]:
@@ -94,7 +88,11 @@ def check() -> tuple[float, float]:
     with torch.no_grad():
         pairs = [(rms_norm(x, weight), rms_norm_reference(x, weight)),
                  (gated_rms_norm(x, z, weight, 1e-5, 32), gated_rms_norm_reference(x, z, weight, 1e-5, 32))]
+        for (codes, scales), (y, _) in zip((rms_norm_int8(x, weight)[:2], gated_rms_norm_int8(x, z, weight, 1e-5, 32)),
+                                           list(pairs), strict=True):  # exactly the codes of what runs here
+            pairs += [(a.float(), b.float()) for a, b in zip((codes, scales), quantized(y, None, 8), strict=True)]
     return max(float((y - r).norm() / r.norm()) for y, r in pairs), TOLERANCE
 
 
-__all__ = ["check", "gated_rms_norm", "gated_rms_norm_reference", "rms_norm", "rms_norm_reference"]
+__all__ = ["add_rms_norm", "check", "gated_rms_norm", "gated_rms_norm_int8", "gated_rms_norm_reference", "rms_norm",
+           "rms_norm_int8", "rms_norm_reference"]

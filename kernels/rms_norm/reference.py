@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mambacompress.kernels.quantized import quantized
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """See ``rms_norm``."""
@@ -27,3 +29,11 @@ def gated_rms_norm_reference(x: Tensor, z: Tensor, weight: Tensor, eps: float, g
     y = (x.to(wide) * F.silu(z.to(wide))).unflatten(-1, (-1, group_size))
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return weight * y.flatten(-2).to(x.dtype)
+
+
+def rms_norm_int8_reference(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float,
+                            act_scale: Tensor | None, act_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``rms_norm_int8``; the sum is empty where there is no residual."""
+    total = x if residual is None else x + residual
+    codes, scales = quantized(rms_norm_reference(total, weight, eps), act_scale, act_bits)
+    return codes, scales, x.new_empty(0) if residual is None else total

@@ -12,8 +12,15 @@ from torch import Tensor
 
 from mambacompress.kernels.registry import choose
 from mambacompress.kernels.selective_scan.cpu import resets, selective_scan_cpu, windowed_scan_cpu
-from mambacompress.kernels.selective_scan.reference import compute_dtype, selective_scan_reference
+from mambacompress.kernels.selective_scan.reference import (
+    compute_dtype,
+    dequantize,
+    selective_scan_reference,
+    selective_scan_states_reference,
+)
 from mambacompress.kernels.tolerances import compare
+
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,10 @@ class ScanScales:
     B: Tensor | float | None = None
     C: Tensor | float | None = None
     z: Tensor | float | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are tensors."""
+        return [scale for scale in (self.u, self.dt, self.B, self.C, self.z) if isinstance(scale, Tensor)]
 
 
 def selective_scan(
@@ -44,29 +55,80 @@ def selective_scan(
     restarts from zero where it changes. scales: the tensors it names are int8.
 
     Returns (y [B, L, E] in u's dtype, fp32 for int8; the state after the last token read [B, E, N], fp32 or fp64).
-    Raises ValueError where shapes do not fit, TypeError where int8 comes without scales.
+    Differentiable, in the scales of int8 inputs too. Raises ValueError where shapes do not fit,
+    TypeError where int8 comes without scales.
     """
-    check_shapes(u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, z_scale_E, initial_state_BEN, seq_idx_BL)
+    tensors = (u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E)
+    _check(tensors, z_scale_E, initial_state_BEN, seq_idx_BL, window, scales)
+    if scales is not None and _learns(*tensors, z_scale_E, initial_state_BEN, *scales.tensors()):
+        tensors, scales = _dequantized(tensors, scales), None  # the values native code would make in registers
+    lacks = _lacks(tensors, initial_state_BEN)
+    if choose("selective_scan", u_BLE.device, u_BLE.dtype, lacks) != "native":
+        return selective_scan_reference(
+            *tensors, dt_softplus=dt_softplus, z_scale_E=z_scale_E, initial_state_BEN=initial_state_BEN,
+            reverse=reverse, window=window, seq_idx_BL=seq_idx_BL, scales=scales)
+    if window is not None:
+        return windowed_scan_cpu(
+            *tensors, dt_softplus=dt_softplus, z_scale_E=z_scale_E, initial_state_BEN=initial_state_BEN,
+            reverse=reverse, window=window, seq_idx_BL=seq_idx_BL, scales=scales)
+    return selective_scan_cpu(
+        *tensors, dt_softplus=dt_softplus, z_scale_E=z_scale_E, initial_state_BEN=initial_state_BEN, reverse=reverse,
+        resets_BL=resets(seq_idx_BL, reverse), scales=scales)[:2]
+
+
+def selective_scan_states(
+    u_BLE: Tensor, dt_BLE: Tensor, A_EN: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_E: Tensor | None = None,
+    z_BLE: Tensor | None = None, dt_bias_E: Tensor | None = None, *, dt_softplus: bool = True,
+    z_scale_E: Tensor | None = None, initial_state_BEN: Tensor | None = None, reverse: bool = False,
+    window: int | None = None, seq_idx_BL: Tensor | None = None, scales: ScanScales | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``selective_scan`` and, last, the state every token read its output from: [B, L, E, N], fp32 or fp64.
+
+    N times the memory of an fp32 output: for studying states, or restarting anywhere. y and the final state are those
+    of ``selective_scan``, bit for bit. Differentiable in the reference, which a windowed scan takes too.
+    """
+    tensors = (u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E)
+    _check(tensors, z_scale_E, initial_state_BEN, seq_idx_BL, window, scales)
+    lacks = _lacks(tensors, initial_state_BEN)
+    lacks += [what for what, asked in (("the states of a windowed scan", window is not None),
+                                       ("gradients of all states", _learns(
+        *tensors, z_scale_E, initial_state_BEN, *(() if scales is None else scales.tensors())))) if asked]
+    if choose("selective_scan_states", u_BLE.device, u_BLE.dtype, lacks) == "native":
+        return selective_scan_cpu(
+            *tensors, dt_softplus=dt_softplus, z_scale_E=z_scale_E, initial_state_BEN=initial_state_BEN,
+            reverse=reverse, resets_BL=resets(seq_idx_BL, reverse), scales=scales, states=True)
+    return selective_scan_states_reference(
+        *tensors, dt_softplus=dt_softplus, z_scale_E=z_scale_E, initial_state_BEN=initial_state_BEN, reverse=reverse,
+        window=window, seq_idx_BL=seq_idx_BL, scales=scales)
+
+
+def _check(tensors: _Tensors, z_scale: Tensor | None, state: Tensor | None, seq_idx: Tensor | None,
+           window: int | None, scales: ScanScales | None) -> None:
+    u, dt, A, B, C, D, z, dt_bias = tensors
+    check_shapes(u, dt, A, B, C, D, z, dt_bias, z_scale, state, seq_idx)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, not {window}")
-    check_scales({"u": u_BLE, "dt": dt_BLE, "B": B_BLGN, "C": C_BLGN, "z": z_BLE}, scales)
-    length = u_BLE.shape[1]
-    lacks = [what for what, asked in (
-        ("gradients for z_scale", z_scale_E is not None and z_scale_E.requires_grad),
-        ("fp64 inputs", compute_dtype(dt_BLE, A_EN, B_BLGN, C_BLGN, initial_state_BEN) == torch.float64),
-        ("an empty sequence", length == 0)) if asked]
-    if choose("selective_scan", u_BLE.device, u_BLE.dtype, lacks) == "native":
-        if window is not None:
-            return windowed_scan_cpu(
-                u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, dt_softplus=dt_softplus,
-                z_scale_E=z_scale_E, initial_state_BEN=initial_state_BEN, reverse=reverse, window=window,
-                seq_idx_BL=seq_idx_BL, scales=scales)
-        return selective_scan_cpu(
-            u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, dt_softplus=dt_softplus, z_scale_E=z_scale_E,
-            initial_state_BEN=initial_state_BEN, reverse=reverse, resets_BL=resets(seq_idx_BL, reverse), scales=scales)
-    return selective_scan_reference(
-        u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, dt_softplus=dt_softplus, z_scale_E=z_scale_E,
-        initial_state_BEN=initial_state_BEN, reverse=reverse, window=window, seq_idx_BL=seq_idx_BL, scales=scales)
+    check_scales({"u": u, "dt": dt, "B": B, "C": C, "z": z}, scales)
+
+
+def _lacks(tensors: _Tensors, state: Tensor | None) -> list[str]:
+    """What native code cannot do of a call."""
+    u, dt, A, B, C = tensors[:5]
+    return [what for what, asked in (
+        ("fp64 inputs", compute_dtype(dt, A, B, C, state) == torch.float64), ("an empty sequence", u.shape[1] == 0))
+        if asked]
+
+
+def _dequantized(tensors: _Tensors, scales: ScanScales) -> _Tensors:
+    """The inputs in fp32, times their scales."""
+    u, dt, A, B, C, D, z, dt_bias = tensors
+    u, dt, B, C = (dequantize(t, getattr(scales, name), torch.float32) for name, t in
+                   (("u", u), ("dt", dt), ("B", B), ("C", C)))
+    return u, dt, A, B, C, D, None if z is None else dequantize(z, scales.z, torch.float32), dt_bias
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def check_shapes(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
@@ -109,4 +171,5 @@ def check() -> tuple[float, float]:
     return compare(selective_scan, selective_scan_reference, leaves)
 
 
-__all__ = ["ScanScales", "check", "selective_scan", "selective_scan_reference"]
+__all__ = ["ScanScales", "check", "selective_scan", "selective_scan_reference", "selective_scan_states",
+           "selective_scan_states_reference"]

@@ -19,6 +19,7 @@ using namespace mc;
 struct Scan {
     int64_t batch, length, channels, groups, states, softplus, threads;
     View u, dt, B, C, z, y, resets;  // resets: uint8 [batch, tokens], 1 where the state restarts from zero
+    View every;  // fp32 [batch, tokens, channels, states]: the state after every token, where it is asked for
     const float *A, *D, *dt_bias, *z_scale, *initial;
     float *final, *checkpoints;
 };
@@ -26,7 +27,7 @@ struct Scan {
 struct ScanGradient {
     View dy, du, ddt, dB, dC, dz;
     const float* dfinal;
-    float *dA, *dD, *dbias, *dinitial;
+    float *dA, *dD, *dbias, *dz_scale, *dinitial;
 };
 
 // Channels of a task: few enough to feed every core, enough for long contiguous reads.
@@ -206,7 +207,14 @@ void forward_task(const Scan& p, int64_t b, int64_t group, int64_t first, int64_
                 std::memcpy(p.checkpoints + ((b * tiles + tile) * row_blocks + first_block + k) * size, mine,
                             sizeof(float) * size_t(size));
             Forward& at = all[size_t(k)];
-            for_states<FORWARD_STATES>(N, Advance{N, tokens, A2 + k * size, B, C, at.dt, at.dtu, restart, mine, mine, at.y});
+            const int64_t step = p.every.data ? 1 : tokens;
+            for (int64_t t = 0; t < tokens; t += step) {
+                for_states<FORWARD_STATES>(N, Advance{N, step, A2 + k * size, B + t * N, C + t * N, at.dt + t, at.dtu + t,
+                                                      restart + t, mine, mine, at.y + t});
+                if (p.every.data)
+                    scatter(mine, N, int(std::min<int64_t>(W, last - first - k * W)), static_cast<float*>(p.every.data) +
+                            b * p.every.batch + (start + t) * p.every.token + (first + k * W) * N);
+            }
         }
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t k = 0; k < blocks; ++k) {
@@ -264,16 +272,17 @@ struct RetreatBlocks {
 };
 
 // One task of the backward pass. dB_part, dC_part: [batch, length, groups, N] of this run of channels; dA_part [batch, channels,
-// N], dD_part and dbias_part [batch, channels].
+// N], dD_part, dbias_part and dz_scale_part [batch, channels].
 void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t group, int64_t first, int64_t last,
-                   int64_t first_block, float* dB_part, float* dC_part, float* dA_part, float* dD_part, float* dbias_part) {
+                   int64_t first_block, float* dB_part, float* dC_part, float* dA_part, float* dD_part, float* dbias_part,
+                   float* dz_scale_part) {
     const int64_t N = p.states, size = N * W, blocks = ceil_div(last - first, W);
     const int64_t tiles = ceil_div(p.length, TILE), row_blocks = p.groups * ceil_div(p.channels / p.groups, W);
-    Scratch<float> memory(size_t(3 * blocks * size + 5 * blocks * W + 2 * TILE * N));
+    Scratch<float> memory(size_t(3 * blocks * size + 6 * blocks * W + 2 * TILE * N));
     Scratch<Tile> tile_memory{size_t(blocks)};
     float *A2 = memory.get(), *dh_all = A2 + blocks * size, *dA_all = dh_all + blocks * size;
-    float *dD_all = dA_all + blocks * size, *dbias_all = dD_all + blocks * W, *bias = dbias_all + blocks * W;
-    float *D = bias + blocks * W, *z_scale = D + blocks * W, *B = z_scale + blocks * W, *C = B + TILE * N;
+    float *dD_all = dA_all + blocks * size, *dbias_all = dD_all + blocks * W, *dz_scale_all = dbias_all + blocks * W;
+    float *bias = dz_scale_all + blocks * W, *D = bias + blocks * W, *z_scale = D + blocks * W, *B = z_scale + blocks * W, *C = B + TILE * N;
     for (int64_t k = 0; k < blocks; ++k) {
         int64_t c = first + k * W;
         int count = int(std::min<int64_t>(W, last - c));
@@ -284,7 +293,7 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
         else
             std::memset(dh_all + k * size, 0, sizeof(float) * size_t(size));
     }
-    std::memset(dA_all, 0, sizeof(float) * size_t(blocks * (size + 2 * W)));
+    std::memset(dA_all, 0, sizeof(float) * size_t(blocks * (size + 3 * W)));
     for (int64_t tile = tiles - 1; tile >= 0; --tile) {
         const int64_t start = tile * TILE, tokens = std::min(TILE, p.length - start);
         read_rows(p.B, p, b, group, start, tokens, B);
@@ -329,8 +338,10 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
                 if (g.dz.data) {  // d(z s)/dz = s (1 + z_scale z (1 - s))
                     V z = read(p.z, b, start + t, c, count), scaled = load(z_scale + k * W) * z, s = at.gate[t];
                     V rise = s * fma(scaled, set1(1.0f) - s, set1(1.0f));
-                    V y = fma(load(D + k * W), at.u[t], at.y[t]);
-                    write(g.dz, b, start + t, c, count, read(g.dy, b, start + t, c, count) * y * rise);
+                    V gy = read(g.dy, b, start + t, c, count) * fma(load(D + k * W), at.u[t], at.y[t]);
+                    write(g.dz, b, start + t, c, count, gy * rise);
+                    V bend = z * z * (s * (set1(1.0f) - s));  // d(z s)/dz_scale
+                    store(dz_scale_all + k * W, fma(gy, bend, load(dz_scale_all + k * W)));
                 }
                 if (g.du.data) write(g.du, b, start + t, c, count, fma(at.gB[t], at.dt[t], at.gy[t] * load(D + k * W)));
                 V draw = fma(at.gB[t], at.u[t], at.gA[t] * set1(LN2)) * at.slope[t];
@@ -345,6 +356,7 @@ void backward_task(const Scan& p, const ScanGradient& g, int64_t b, int64_t grou
         scatter(dA_all + k * size, N, count, dA_part + (b * p.channels + c) * N);
         store_part(dD_part + b * p.channels + c, load(dD_all + k * W), count);
         store_part(dbias_part + b * p.channels + c, load(dbias_all + k * W), count);
+        store_part(dz_scale_part + b * p.channels + c, load(dz_scale_all + k * W), count);
     }
 }
 
@@ -371,13 +383,14 @@ void scan_forward(const Scan& p) {
 void scan_backward(const Scan& p, const ScanGradient& g) {
     const int64_t runs = ceil_div(p.channels / p.groups, BACKWARD_RUN);
     const int64_t rows = p.batch * p.length * p.groups * p.states, wide = p.batch * p.channels;
-    Scratch<float> rows_part(size_t(2 * runs * rows)), wide_part(size_t(wide * (p.states + 2)));
+    Scratch<float> rows_part(size_t(2 * runs * rows)), wide_part(size_t(wide * (p.states + 3)));
     float *dB_part = rows_part.get(), *dC_part = dB_part + runs * rows;
     float *dA_part = wide_part.get(), *dD_part = dA_part + wide * p.states, *dbias_part = dD_part + wide;
+    float* dz_scale_part = dbias_part + wide;
     for_each_task(p, BACKWARD_RUN,
                   [&](int64_t b, int64_t group, int64_t part, int64_t first, int64_t last, int64_t block) {
                       backward_task(p, g, b, group, first, last, block, dB_part + part * rows, dC_part + part * rows, dA_part,
-                                    dD_part, dbias_part);
+                                    dD_part, dbias_part, dz_scale_part);
                   });
     const int64_t width = p.groups * p.states;
     for (int64_t b = 0; b < p.batch; ++b)
@@ -400,6 +413,7 @@ void scan_backward(const Scan& p, const ScanGradient& g) {
     add_rows(dA_part, p.channels * p.states, g.dA);
     add_rows(dD_part, p.channels, g.dD);
     add_rows(dbias_part, p.channels, g.dbias);
+    add_rows(dz_scale_part, p.channels, g.dz_scale);
 }
 
 }  // namespace

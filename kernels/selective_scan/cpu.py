@@ -24,14 +24,14 @@ class _Scan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "length", "channels", "groups", "states", "softplus",
                                               "threads")),
-        *((name, native.View) for name in ("u", "dt", "B", "C", "z", "y", "resets")),
+        *((name, native.View) for name in ("u", "dt", "B", "C", "z", "y", "resets", "every")),
         *((name, ctypes.c_void_p) for name in ("A", "D", "dt_bias", "z_scale", "initial", "final", "checkpoints"))]
 
 
 class _Gradient(ctypes.Structure):
     _fields_ = [
         *((name, native.View) for name in ("dy", "du", "ddt", "dB", "dC", "dz")),
-        *((name, ctypes.c_void_p) for name in ("dfinal", "dA", "dD", "dbias", "dinitial"))]
+        *((name, ctypes.c_void_p) for name in ("dfinal", "dA", "dD", "dbias", "dz_scale", "dinitial"))]
 
 
 _INPUTS = ("Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? z_scale, "
@@ -50,14 +50,15 @@ def _checkpoint_floats(u: Tensor, A: Tensor, B: Tensor) -> int:
 def _problem(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
              dt_bias: Tensor | None, z_scale: Tensor | None, initial: Tensor | None, resets: Tensor | None,
              scales: tuple[Tensor | None, ...], softplus: bool, reverse: bool, y: Tensor | None, final: Tensor | None,
-             checkpoints: Tensor | None) -> _Scan:
+             checkpoints: Tensor | None, every: Tensor | None = None) -> _Scan:
     batch, length, channels = u.shape
     u_scale, dt_scale, B_scale, C_scale, z_scale8 = scales
     return _Scan(
         batch, length, channels, B.shape[2], A.shape[1], softplus, torch.get_num_threads(),
         native.view(u, reverse, u_scale), native.view(dt, reverse, dt_scale), native.view(B, reverse, B_scale),
         native.view(C, reverse, C_scale), native.view(z, reverse, z_scale8), native.view(y, reverse),
-        native.view(resets, reverse), A.data_ptr(), native.pointer(D), native.pointer(dt_bias), native.pointer(z_scale),
+        native.view(resets, reverse), native.view(every, reverse), A.data_ptr(), native.pointer(D),
+        native.pointer(dt_bias), native.pointer(z_scale),
         native.pointer(initial), native.pointer(final), native.pointer(checkpoints))
 
 
@@ -97,44 +98,73 @@ def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, 
     return _outputs(u, A, B, rest[-1])
 
 
+def run_states(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+               dt_bias: Tensor | None, z_scale: Tensor | None, initial: Tensor | None, resets: Tensor | None,
+               u_scale: Tensor | None, dt_scale: Tensor | None, B_scale: Tensor | None, C_scale: Tensor | None,
+               z_scale8: Tensor | None, softplus: bool, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, final state, the state after every token fp32 [B, L, E, N]); arguments as in ``run_forward``."""
+    u, dt, B, C, z = _dense(u, dt, B, C, z)
+    y, final, every = _outputs_and_states(u, A, B)
+    problem = _problem(u, dt, A, B, C, D, z, dt_bias, z_scale, initial, resets,
+                       (u_scale, dt_scale, B_scale, C_scale, z_scale8), softplus, reverse, y, final, None, every)
+    native.function("mc_scan_forward", (ctypes.POINTER(_Scan),))(ctypes.byref(problem))
+    return y, final, every
+
+
+def _outputs_and_states(u: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y, final, _ = _outputs(u, A, B, False)
+    return y, final, torch.empty(*u.shape, A.shape[1], dtype=torch.float32, device=u.device)
+
+
+states_op = torch.library.custom_op(
+    "mambacompress::selective_scan_states", run_states, mutates_args=(), device_types="cpu",
+    schema=f"({_INPUTS}, {_SCALES}, {_FLAGS}) -> (Tensor, Tensor, Tensor)")
+
+
+@states_op.register_fake
+def _(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs_and_states(u, A, B)
+
+
 def _backward(dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor,
               C: Tensor, D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, z_scale: Tensor | None,
               initial: Tensor | None, resets: Tensor | None, softplus: bool, reverse: bool) -> tuple[Tensor, ...]:
     u, dt, B, C, z = _dense(u, dt, B, C, z)
     dy = native.dense_rows(dy)
     dfinal = None if dfinal is None else dfinal.contiguous()
-    du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = gradients = _gradients(u, dt, A, B, C, D, z, dt_bias, initial)
+    du, ddt, dA, dB, dC, dD, dz, dbias, dz_scale, dinitial = gradients = _gradients(
+        u, dt, A, B, C, D, z, dt_bias, z_scale, initial)
     problem = _problem(u, dt, A, B, C, D, z, dt_bias, z_scale, initial, resets, (None,) * 5, softplus, reverse, None,
                        None,
                        checkpoints)
     gradient = _Gradient(
         native.view(dy, reverse), native.view(du, reverse), native.view(ddt, reverse), native.view(dB, reverse),
         native.view(dC, reverse), native.NO_VIEW if z is None else native.view(dz, reverse), native.pointer(dfinal),
-        dA.data_ptr(), None if D is None else dD.data_ptr(), None if dt_bias is None else dbias.data_ptr(),
-        None if initial is None else dinitial.data_ptr())
+        dA.data_ptr(), *(None if t is None else gradient.data_ptr() for t, gradient in (
+            (D, dD), (dt_bias, dbias), (None if z is None else z_scale, dz_scale), (initial, dinitial))))
     native.function("mc_scan_backward", (ctypes.POINTER(_Scan), ctypes.POINTER(_Gradient)))(
         ctypes.byref(problem), ctypes.byref(gradient))
     return gradients
 
 
 def _gradients(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-               dt_bias: Tensor | None, initial: Tensor | None) -> tuple[Tensor, ...]:
+               dt_bias: Tensor | None, z_scale: Tensor | None, initial: Tensor | None) -> tuple[Tensor, ...]:
     nothing = torch.empty(0, device=u.device)
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) if t is not None else nothing.clone()
-                 for t in (u, dt, A, B, C, D, z, dt_bias, initial))
+                 for t in (u, dt, A, B, C, D, z, dt_bias, z_scale if z is not None else None, initial))
 
 
 backward_op = torch.library.custom_op(
     "mambacompress::selective_scan_backward", _backward, mutates_args=(), device_types="cpu",
     schema=f"(Tensor dy, Tensor? dfinal, Tensor checkpoints, {_INPUTS}, {_FLAGS}) -> "
-           f"({', '.join(['Tensor'] * 9)})")
+           f"({', '.join(['Tensor'] * 10)})")
 
 
 @backward_op.register_fake
 def _(dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
       D: Tensor | None, z: Tensor | None, dt_bias: Tensor | None, z_scale: Tensor | None, initial: Tensor | None,
       *rest: Any) -> tuple[Tensor, ...]:
-    return _gradients(u, dt, A, B, C, D, z, dt_bias, initial)
+    return _gradients(u, dt, A, B, C, D, z, dt_bias, z_scale, initial)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -144,14 +174,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _propagate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
     checkpoints, *tensors = ctx.saved_tensors
-    u, z, D, dt_bias, initial = (tensors[i] for i in (0, 6, 5, 7, 9))
+    u, z = tensors[0], tensors[6]
     if dy is None:
         dy = torch.zeros_like(u)
-    du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = backward_op(dy, dfinal, checkpoints, *tensors, ctx.softplus,
-                                                               ctx.reverse)
-    return (du, ddt, dA, dB, dC, None if D is None else dD, None if z is None else dz,
-            None if dt_bias is None else dbias,
-            None, None if initial is None else dinitial, *(None,) * 9)
+    gradients = backward_op(dy, dfinal, checkpoints, *tensors, ctx.softplus, ctx.reverse)
+    inputs = [*tensors[:8], None if z is None else tensors[8], tensors[9]]  # without z its scale has no gradient
+    return (*(None if t is None else gradient for t, gradient in zip(inputs, gradients, strict=True)), *(None,) * 9)
 
 
 scan_op.register_autograd(_propagate, setup_context=_save_for_backward)
@@ -164,16 +192,22 @@ def _fp32(x: Tensor | None) -> Any:
 def selective_scan_cpu(
     u_BLE: Tensor, dt_BLE: Tensor, A_EN: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_E: Tensor | None,
     z_BLE: Tensor | None, dt_bias_E: Tensor | None, *, dt_softplus: bool, z_scale_E: Tensor | None,
-    initial_state_BEN: Tensor | None, reverse: bool, resets_BL: Tensor | None, scales: Any,
-) -> tuple[Tensor, Tensor]:
-    """``selective_scan`` in native code; resets_BL: bool, true where the state restarts, in the order of the scan."""
-    direct = native.runs_directly(u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, initial_state_BEN)
-    run: Any = run_forward if direct else scan_op
-    y, final, _ = run(
+    initial_state_BEN: Tensor | None, reverse: bool, resets_BL: Tensor | None, scales: Any, states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``selective_scan`` in native code; resets_BL: bool, true where the state restarts, in the order of the scan.
+
+    The last tensor is the state after every token [B, L, E, N] where ``states``, else of no meaning.
+    """
+    direct = native.runs_directly(u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, z_scale_E,
+                                  initial_state_BEN)
+    arguments: tuple[Any, ...] = (
         u_BLE, dt_BLE, _fp32(A_EN), B_BLGN, C_BLGN, _fp32(D_E), z_BLE, _fp32(dt_bias_E), _fp32(z_scale_E),
-        _fp32(initial_state_BEN), resets_BL,
-        *input_scales(scales, u_BLE.shape[2:], B_BLGN.shape[2:]), dt_softplus, reverse, not direct)
-    return y, final
+        _fp32(initial_state_BEN), resets_BL, *input_scales(scales, u_BLE.shape[2:], B_BLGN.shape[2:]), dt_softplus,
+        reverse)
+    if states:
+        return (run_states if direct else states_op)(*arguments)
+    run: Any = run_forward if direct else scan_op
+    return run(*arguments, not direct)
 
 
 def windowed_scan_cpu(
@@ -199,7 +233,7 @@ def windowed_scan_cpu(
 
     def scan(backward: bool, initial: Tensor | None, resets_BL: Tensor | None) -> tuple[Tensor, Tensor]:
         return selective_scan_cpu(u, dt, A_EN, B, C, None, None, None, dt_softplus=False, z_scale_E=None,
-                                  initial_state_BEN=initial, reverse=backward, resets_BL=resets_BL, scales=None)
+                                  initial_state_BEN=initial, reverse=backward, resets_BL=resets_BL, scales=None)[:2]
 
     forward, final = scan(False, initial_state_BEN, resets(seq_idx_BL, False))
     backward, _ = scan(True, None, resets(window_ids(u, window, seq_idx_BL), True))

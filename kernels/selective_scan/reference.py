@@ -55,6 +55,19 @@ def selective_scan_reference(
     window: int | None = None, seq_idx_BL: Tensor | None = None, scales: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``selective_scan``: the same arguments, the same results."""
+    return selective_scan_states_reference(
+        u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, D_E, z_BLE, dt_bias_E, dt_softplus=dt_softplus, z_scale_E=z_scale_E,
+        initial_state_BEN=initial_state_BEN, reverse=reverse, window=window, seq_idx_BL=seq_idx_BL, scales=scales,
+        keep=False)[:2]
+
+
+def selective_scan_states_reference(
+    u_BLE: Tensor, dt_BLE: Tensor, A_EN: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_E: Tensor | None = None,
+    z_BLE: Tensor | None = None, dt_bias_E: Tensor | None = None, *, dt_softplus: bool = True,
+    z_scale_E: Tensor | None = None, initial_state_BEN: Tensor | None = None, reverse: bool = False,
+    window: int | None = None, seq_idx_BL: Tensor | None = None, scales: Any = None, keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``selective_scan_states``; without ``keep`` the states are left out (and empty)."""
     dtype = compute_dtype(u_BLE, dt_BLE, A_EN, B_BLGN, C_BLGN, initial_state_BEN)
     out_dtype = u_BLE.dtype if u_BLE.is_floating_point() else dtype
     u, dt, B, C = (dequantize(t, getattr(scales, name, None), dtype) for name, t in
@@ -75,26 +88,27 @@ def selective_scan_reference(
     if seq_idx_BL is None:
         resets: list[Tensor | None] = [None] * length
     else:
-        resets = [keep[:, None, None] for keep in same_as_previous(seq_idx_BL).to(dtype).unbind(1)]
+        resets = [same[:, None, None] for same in same_as_previous(seq_idx_BL).to(dtype).unbind(1)]
 
     B_l, C_l = (t.repeat_interleave(per_group, 2).unbind(1) if groups > 1 else t.unbind(1) for t in (B, C))
     states_L: list[Tensor] = []
     y_l: list[Tensor] = []
     decay_l: list[Tensor] = []
     input_l: list[Tensor] = []
-    for u_t, dt_t, B_t, C_t, keep in zip(u.unbind(1), dt.unbind(1), B_l, C_l, resets, strict=True):
+    for u_t, dt_t, B_t, C_t, goes_on in zip(u.unbind(1), dt.unbind(1), B_l, C_l, resets, strict=True):
         decay = torch.exp(dt_t[..., None] * A)
         new = (dt_t * u_t)[..., None] * B_t
-        h = decay * (h if keep is None else h * keep) + new
+        h = decay * (h if goes_on is None else h * goes_on) + new
         if window is None:
             y_l.append((h * C_t).sum(-1))
-        else:
+        if window is not None or keep:
             states_L.append(h)
+        if window is not None:
             decay_l.append(decay)
             input_l.append(new)
     if window is not None:
-        both = _add_backward(states_L, decay_l, input_l, window, seq_idx_BL)
-        y_l = [(state * C_t).sum(-1) for state, C_t in zip(both, C_l, strict=True)]
+        states_L = _add_backward(states_L, decay_l, input_l, window, seq_idx_BL)
+        y_l = [(state * C_t).sum(-1) for state, C_t in zip(states_L, C_l, strict=True)]
     y = torch.stack(y_l, 1) if y_l else u.new_zeros(batch, 0, channels)
     if D_E is not None:
         y = y + u * D_E.to(dtype)
@@ -102,7 +116,8 @@ def selective_scan_reference(
         y = y.flip(1)
     if z is not None:
         y = y * silu_scaled(z, None if z_scale_E is None else z_scale_E)
-    return y.to(out_dtype), h
+    every = torch.stack(states_L, 1) if keep and states_L else u.new_zeros(batch, 0, channels, states)
+    return y.to(out_dtype), h, every.flip(1) if reverse else every
 
 
 def _add_backward(states: list[Tensor], decays: list[Tensor], inputs: list[Tensor], window: int,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mambacompress.kernels.causal_conv1d import causal_conv1d
+from mambacompress.kernels.causal_conv1d import causal_conv1d, same_conv1d
 from mambacompress.kernels.int8_state import Int8State
 from mambacompress.kernels.rms_norm import rms_norm
 from mambacompress.kernels.selective_scan import ScanScales, selective_scan
@@ -91,16 +91,15 @@ class DepthwiseConv(nn.Module):
                                  initial_state=state, seq_idx_BL=seq_idx)
         if state is not None or seq_idx is not None:
             raise ValueError(f"a {self.kind} convolution sees the future: it has no state and packs no sequences")
-        x_BEL, weight = x_BLE.transpose(1, 2), self.weight.to(x_BLE.dtype)
         if self.kind == "same":
-            y_BEL = F.conv1d(x_BEL, weight[:, None], self.bias, padding="same", groups=self.channels)
-        else:
-            if grid is None:
-                raise ValueError("a 2-D convolution needs the grid (H, W) of its tokens")
-            image_BEHW = x_BEL.unflatten(2, grid)
-            y_BEHW = F.conv2d(image_BEHW, weight[:, None], self.bias, padding="same", groups=self.channels)
-            y_BEL = y_BEHW.flatten(2)
-        y_BLE = y_BEL.transpose(1, 2)
+            return same_conv1d(x_BLE, self.weight, self.bias, activation=self.activation,
+                               act_scale_E=self.act_scale), None
+        if grid is None:
+            raise ValueError("a 2-D convolution needs the grid (H, W) of its tokens")
+        image_BEHW = x_BLE.transpose(1, 2).unflatten(2, grid)
+        y_BEHW = F.conv2d(image_BEHW, self.weight.to(x_BLE.dtype)[:, None], self.bias, padding="same",
+                          groups=self.channels)
+        y_BLE = y_BEHW.flatten(2).transpose(1, 2)
         return (silu_scaled(y_BLE, self.act_scale) if self.activation else y_BLE), None
 
 

@@ -7,8 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from mambacompress.kernels import native
-from mambacompress.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference
-from mambacompress.kernels.registry import backend, strict
+from mambacompress.kernels.causal_conv1d import (
+    causal_conv1d,
+    causal_conv1d_reference,
+    same_conv1d,
+    same_conv1d_reference,
+)
+from mambacompress.kernels.registry import KernelFallback, backend, strict
 from mambacompress.kernels.tolerances import FORWARD, GRADIENT, rms_ratio
 from tests.kernels.scans import (
     assert_close,
@@ -115,13 +120,116 @@ def test_errors_name_the_tensor() -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_native_parity_and_gradients(level: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
     problem = cast(conv_problem(*size), dtype, ("weight_EK", "bias_E"))
-    for options in ({}, {"activation": False}, {"act_scale_E": torch.rand(size[2]) + 0.5},
-                    {"seq_idx_BL": packed_ids(size[0], size[1])}):
+    scale = torch.rand(size[2]) + 0.5
+    for options, more in (({}, {}), ({"activation": False}, {}), ({}, {"act_scale_E": scale}),
+                          ({"seq_idx_BL": packed_ids(size[0], size[1])}, {"act_scale_E": scale})):
         with nan_filled(), strict(), backend("native"), at_level(level):
-            result = run(causal_conv1d, problem, **options)
+            result = run(causal_conv1d, {**problem, **more}, **options)
         with backend("reference"):
-            reference = run(causal_conv1d, {k: v.double() for k, v in problem.items()}, **options)
+            reference = run(causal_conv1d, {k: v.double() for k, v in {**problem, **more}.items()}, **options)
         assert_close(result, reference, FORWARD[dtype], GRADIENT[dtype])
+
+
+def same(x_BLE: torch.Tensor, *rest: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """``same_conv1d`` with two outputs, as ``run`` wants them."""
+    return same_conv1d(x_BLE, *rest, **options), x_BLE
+
+
+@needs_native
+@pytest.mark.parametrize("level", available_levels())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_native_same_convolution_and_its_gradients(level: str, dtype: torch.dtype,
+                                                   size: tuple[int, int, int, int]) -> None:
+    problem = cast(conv_problem(*size), dtype, ("weight_EK", "bias_E"))
+    problem["act_scale_E"] = torch.rand(size[2]) + 0.5
+    del problem["initial_state"]
+    with nan_filled(), strict(), backend("native"), at_level(level):
+        result = run(same, problem)
+    with backend("reference"):
+        reference = run(same, {k: v.double() for k, v in problem.items()})
+    assert_close(result, reference, FORWARD[dtype], GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7])
+def test_same_is_torchs_padding(width: int) -> None:
+    for length in (1, 2, 9):
+        p = conv_problem(2, length, 6, width)
+        y = same_conv1d_reference(p["x_BLE"], p["weight_EK"], p["bias_E"], activation=False)
+        want = F.conv1d(p["x_BLE"].transpose(1, 2), p["weight_EK"][:, None], p["bias_E"], padding="same", groups=6)
+        assert rms_ratio(y, want.transpose(1, 2)) < FORWARD[torch.float64]
+
+
+def int8_problem(size: tuple[int, int, int, int]) -> dict[str, torch.Tensor]:
+    batch, length, channels, width = size
+    def codes(*shape: int) -> torch.Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8)
+    return {"x_BLE": codes(batch, length, channels), "weight_EK": codes(channels, width),
+            "bias_E": torch.randn(channels), "initial_state": codes(batch, width - 1, channels),
+            "x_scale": torch.rand(channels) * 0.02, "weight_scale_E": torch.rand(channels) * 0.02}
+
+
+@needs_native
+@pytest.mark.parametrize("level", available_levels())
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_int8_is_exact(level: str, size: tuple[int, int, int, int]) -> None:
+    """Without the activation the same bits as the reference at every level; with it, close; the state is codes."""
+    p, ids = int8_problem(size), packed_ids(size[0], size[1])
+    for more in ({}, {"seq_idx_BL": ids}, {"x_scale": 0.01}):
+        with nan_filled(), strict(), backend("native"), at_level(level), torch.no_grad():
+            (y, final), (z, _) = causal_conv1d(**{**p, **more}, activation=False), causal_conv1d(**{**p, **more})
+        want, last = causal_conv1d_reference(**{**p, **more}, activation=False)
+        assert y.dtype == torch.float32
+        assert torch.equal(y, want)
+        assert final.dtype == torch.int8
+        assert torch.equal(final, last)
+        assert rms_ratio(z, F.silu(want.double())) < FORWARD[torch.float32]
+    del p["initial_state"]
+    with nan_filled(), strict(), backend("native"), at_level(level):
+        assert torch.equal(same_conv1d(**p, activation=False), same_conv1d_reference(**p, activation=False))
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_int8_is_the_convolution_of_what_the_codes_stand_for(name: str) -> None:
+    p = int8_problem((2, 11, 6, 4))
+    x_scale, w_scale = p.pop("x_scale"), p.pop("weight_scale_E")
+    floats = {"x_BLE": p["x_BLE"].double() * x_scale, "weight_EK": p["weight_EK"].double() * w_scale[:, None],
+              "bias_E": p["bias_E"].double(), "initial_state": p["initial_state"].double() * x_scale}
+    want = causal_conv1d_reference(**floats)[0]
+    with backend(name):
+        both = causal_conv1d(**p, x_scale=x_scale, weight_scale_E=w_scale)[0]
+        of_x = causal_conv1d(**{**p, "weight_EK": floats["weight_EK"].float()}, x_scale=x_scale)[0]
+        wide = {name: floats[name].float() for name in ("x_BLE", "initial_state")}
+        of_w = causal_conv1d(**{**p, **wide}, weight_scale_E=w_scale)[0]
+    for y in (both, of_x, of_w):
+        assert rms_ratio(y, want) < FORWARD[torch.float32]
+
+
+@needs_native
+def test_int8_steps_equal_prefill_and_learn_in_the_reference() -> None:
+    p = int8_problem((2, 9, 21, 4))
+    y, final = causal_conv1d(**p)
+    state, parts = p["initial_state"], []
+    for t in range(9):
+        part, state = causal_conv1d(**{**p, "x_BLE": p["x_BLE"][:, t:t + 1], "initial_state": state})
+        parts.append(part)
+    assert torch.equal(torch.cat(parts, 1), y)
+    assert torch.equal(state, final)
+    bias = p["bias_E"].requires_grad_()
+    with strict(), pytest.raises(KernelFallback, match="gradients of int8"):
+        causal_conv1d(**p)
+    causal_conv1d(**p)[0].sum().backward()
+    assert bias.grad is not None
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    ({"x_scale": None}, TypeError, "x is torch.int8; it takes x_scale"),
+    ({"weight_scale_E": None}, TypeError, "weight is torch.int8"),
+    ({"initial_state": torch.zeros(2, 3, 6)}, TypeError, "both hold codes"),
+    ({"x_scale": torch.ones(5)}, ValueError, r"x_scale has shape \(5,\), expected \(6,\)")], ids=str)
+def test_scales_must_fit(change: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        causal_conv1d(**{**int8_problem((2, 9, 6, 4)), **change})
 
 
 @needs_native
@@ -139,5 +247,7 @@ def test_the_custom_op_is_well_formed() -> None:
     from mambacompress.kernels.causal_conv1d.cpu import conv_op
 
     p = cast(conv_problem(2, 5, 6, 4), torch.float32)
-    torch.library.opcheck(conv_op, (p["x_BLE"], p["weight_EK"], p["bias_E"], None, p["initial_state"], None, True),
-                          test_utils=("test_schema", "test_faketensor"))
+    scale = torch.rand(6)
+    for rest in ((p["initial_state"], None, None, True, 0), (None, None, scale, False, 2)):
+        torch.library.opcheck(conv_op, (p["x_BLE"], p["weight_EK"], p["bias_E"], scale, *rest),
+                              test_utils=("test_schema", "test_faketensor"))
