@@ -102,7 +102,7 @@ static inline void float_outputs(const Linear& p, Rows& rows, int64_t first, con
             for (int c = 0; c < columns; ++c) {
                 float y = scaled ? out[r][c] * scale_at(p, first + c, 0) : out[r][c];
                 if (p.bias) y = y + p.bias[first + c];
-                store_one(p.y, (m + r) * p.outputs + first + c, int(p.y_dtype), y);
+                store_one(p.y, (m + r) * p.y_row + first + c, int(p.y_dtype), y);
             }
         m += count;
     }
@@ -154,7 +154,7 @@ static inline void float_tile16(const Linear& p, Rows& rows, int64_t m, int64_t 
     }
     for (int r = 0; r < R; ++r) {
         if (p.bias) total[r] = total[r] + load(p.bias + first);
-        put(p.y, (m + r) * p.outputs + first, p.y_dtype, total[r].v, 0xffff);
+        put(p.y, (m + r) * p.y_row + first, p.y_dtype, total[r].v, 0xffff);
     }
 }
 

@@ -115,9 +115,9 @@ constexpr int64_t TILE_OUTPUTS = 16;
 constexpr int64_t AHEAD = 4096;  // bytes of weights on their way from memory to the second-level cache
 
 // One integer linear as its caller describes it. weight rows are `row_bytes` apart, without padding. tiled: how many outputs,
-// from the first, lie in tiles.
+// from the first, lie in tiles. x_row, y_row: elements between rows.
 struct Linear {
-    int64_t rows, inputs, outputs, groups, threads, activation, act_bits, x_row, x_dtype, y_dtype, scale_dtype, tiled;
+    int64_t rows, inputs, outputs, groups, threads, activation, act_bits, x_row, y_row, x_dtype, y_dtype, scale_dtype, tiled;
     const void *x, *weight, *scale;
     const uint8_t* zero;
     const float *bias, *act_scale;
@@ -154,7 +154,7 @@ static inline const uint8_t* row_of(const Linear& p, bool nibbles, int64_t outpu
 MC_INLINE void finish_one(const Linear& p, Rows& rows, int64_t m, int64_t output, float sum) {
     float y = sum * rows.scales[size_t(m)];
     if (p.bias) y = y + p.bias[output];
-    store_one(p.y, m * p.outputs + output, int(p.y_dtype), y);
+    store_one(p.y, m * p.y_row + output, int(p.y_dtype), y);
 }
 
 // -- any level: plain loops ------------------------------------------------------------------------------------------
@@ -205,12 +205,15 @@ static inline void plain_outputs(const Linear& p, Rows& rows, bool nibbles, int6
 #if MC_WIDTH == 16
 // -- AVX-512 VNNI ----------------------------------------------------------------------------------------------------
 
-// acc + unsigned bytes . signed bytes, a lane each; the signed ones from memory, whole or one quad broadcast to all lanes.
+// acc + unsigned bytes . signed bytes, a lane each. The signed ones are a quad in all lanes: as a memory operand of every dot
+// instruction it would be read once a tile, and loads, not products, would set the pace.
 MC_INLINE void dot_add(__m512i& acc, __m512i weights, __m512i codes) {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(codes));
 }
-MC_INLINE void dot_add_quad(__m512i& acc, __m512i weights, const int8_t* quad) {
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(quad)));
+MC_INLINE __m512i quad_of(const int8_t* codes) {
+    __m512i quad;
+    asm("vpbroadcastd %1, %0" : "=v"(quad) : "m"(*reinterpret_cast<const int32_t*>(codes)));
+    return quad;
 }
 
 MC_INLINE __mmask16 lanes(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }
@@ -301,7 +304,7 @@ MC_INLINE void finish_lanes(const Linear& p, Rows& rows, int64_t m, int64_t firs
     __mmask16 mask = lanes(p.outputs - first);
     __m512 y = _mm512_mul_ps(sum, _mm512_set1_ps(rows.scales[size_t(m)]));
     if (p.bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, p.bias + first));
-    put(p.y, m * p.outputs + first, p.y_dtype, y, mask);
+    put(p.y, m * p.y_row + first, p.y_dtype, y, mask);
 }
 #endif
 

@@ -11,7 +11,7 @@
 namespace MC_LEVEL {
 
 constexpr int64_t TILE_ROWS = 12, TILE_STRIPE = 96;
-constexpr int64_t FEW_ROWS = 4;  // up to so many, a tile at a time: what it takes is reading the weights
+constexpr int64_t FEW_ROWS = TILE_ROWS;  // up to so many, a tile at a time: what it takes is reading the weights
 
 enum Weights : int64_t { FLOATS = 0, BYTES = 1, NIBBLES = 2 };  // rows of fp32, bf16 or fp16; int8; int4 in groups
 
@@ -67,9 +67,12 @@ struct Tasks {
 
     // Row m of p.x, ready for the tasks. Scratch of a row each: see quantize_into.
     void prepare(Rows& rows, int64_t m, float* row, int8_t* natural) const {
-        if (floats()) widen_into(rows, m, p.x, m * p.x_row, int(p.x_dtype));
-        else quantize_into(rows, m, p.x, m * p.x_row, int(p.x_dtype), p.activation == 1 ? p.act_scale : nullptr, p.qmax(), row,
-                           natural);
+        prepare_from(rows, m, p.x, m * p.x_row, int(p.x_dtype), row, natural);
+    }
+
+    // The same of a row that lies elsewhere.
+    void prepare_from(Rows& rows, int64_t m, const float* x, float* row, int8_t* natural) const {
+        prepare_from(rows, m, x, 0, F32, row, natural);
     }
 
     void run(Rows& rows, int64_t task, Workspace& work) const {
@@ -86,6 +89,11 @@ struct Tasks {
     }
 
   private:
+    void prepare_from(Rows& rows, int64_t m, const void* x, int64_t index, int dtype, float* row, int8_t* natural) const {
+        if (floats()) widen_into(rows, m, x, index, dtype);
+        else quantize_into(rows, m, x, index, dtype, p.activation == 1 ? p.act_scale : nullptr, p.qmax(), row, natural);
+    }
+
     void run_floats(Rows& rows, int64_t first, Workspace& work) const {
         if (weights == FLOATS) return float_outputs(p, rows, first, nullptr, false);
         const float* at[4];
@@ -122,8 +130,11 @@ struct Tasks {
 
     template <int R, int T, bool FETCH>
     void run_rows(Rows& rows, int64_t m, int64_t first, const uint8_t* const* tile, Workspace& work) const {
-        if (weights == BYTES) int8_tile<R, T, FETCH>(p, rows, m, first, tile);
-        else int4_tile<R, T, FETCH>(p, rows, m, first, tile, work.factors);
+        // One tile: some kilobytes ahead in the same stream. Two: the same place of the next two, since two streams at once
+        // would be read from memory at half the speed.
+        const int64_t ahead = T == 1 ? AHEAD : 2 * TILE_OUTPUTS * p.row_bytes(weights == NIBBLES);
+        if (weights == BYTES) int8_tile<R, T, FETCH>(p, rows, m, first, tile, ahead);
+        else int4_tile<R, T, FETCH>(p, rows, m, first, tile, ahead, work.factors);
     }
 
     // `count` rows, at most R - 1.

@@ -14,9 +14,9 @@ from mambacompress.kernels.int8_linear.tiles import tiled_outputs
 _MODE_CODES = {"none": 2, "token": 0, "tensor": 1}
 
 
-# ``Linear`` of int_tiles.h: twelve int64 and seven pointers. Packed as bytes: a call costs less than filling a
+# ``Linear`` of int_tiles.h: thirteen int64 and seven pointers. Packed as bytes: a call costs less than filling a
 # ctypes.Structure.
-_LINEAR = struct.Struct("@12q7P")
+_LINEAR = struct.Struct("@13q7P")
 
 
 def native_linear(function: str, x: Tensor, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None,
@@ -45,7 +45,7 @@ def native_linear(function: str, x: Tensor, weight: Tensor, scale: Tensor | None
         act_scale = act_scale.float()
     dtype, mode = native.DTYPE_CODES[x.dtype], _MODE_CODES[activation]
     native.function(function, (ctypes.c_char_p,))(_LINEAR.pack(
-        rows, inputs, outputs, groups, torch.get_num_threads(), mode, act_bits, x_TI.stride(0), dtype, dtype,
+        rows, inputs, outputs, groups, torch.get_num_threads(), mode, act_bits, x_TI.stride(0), outputs, dtype, dtype,
         native.DTYPE_CODES[(weight if scale is None else scale).dtype], tiled_outputs(weight) if tiled else 0,
         x_TI.data_ptr(), weight.data_ptr(), *(0 if t is None else t.data_ptr() for t in (scale, zero, bias, act_scale)),
         y.data_ptr()))

@@ -19,57 +19,12 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own intrinsics (bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
-#include "native.h"
+#include "blocks.h"
 #include "team.h"
 
 namespace {
 
 using namespace mc;
-
-// A linear as its module holds it: see Linear in int_tiles.h and Weights in linear_tasks.h.
-struct Matrix {
-    int64_t weights, inputs, outputs, groups, activation, act_bits, scale_dtype, tiled;
-    const void *weight, *scale;
-    const uint8_t* zero;
-    const float *bias, *act_scale;
-};
-
-// An online rotation: see Hadamard in hadamard_rows.h. block 0: none.
-struct Rotation {
-    int64_t block, base;
-    const float* mix;
-    const int8_t* signs;
-};
-
-struct Block {
-    int64_t ssd;  // 0: Mamba-1 (in_proj rows [x, z]), 1: Mamba-2 (in_proj rows [z, x, B, C, dt])
-    int64_t size, channels, states, groups, width, activated, rank, heads;  // D, E, N, G, K, the convolution's activation, R, H
-    int64_t inner_norm;         // Mamba-1: norms without a weight on dt, B and C
-    double norm_eps, inner_eps;  // inner: of these norms, or of Mamba-2's gated norm
-    double dt_low, dt_high;
-    const float* norm;                            // [D], or null: the input is normed already, and no residual is added
-    const float *conv, *conv_bias, *conv_scale;   // [channels, K], [channels] or null
-    const float *decay, *D, *dt_bias;             // decay: Mamba-1 A log2(e) as [N, E], Mamba-2 A [H]
-    const float *gate_scale, *gated_norm;         // [E] or null; [E] (Mamba-2)
-    Matrix in, x, dt, out;
-    Rotation x_rotation, out_rotation;
-
-    int64_t conv_channels() const { return ssd ? channels + 2 * groups * states : channels; }
-    int64_t conv_offset() const { return ssd ? channels : 0; }
-};
-
-// The state of a block before and after the step; both may be the same memory. Strides count floats. Of an int8 state, `from`
-// and `to` are the scales, Mamba-1's codes lie as [M, N, E], and steps_to is written when the step is over.
-struct State {
-    const float *conv_from, *from;
-    float *conv_to, *to;
-    int64_t conv_from_batch, conv_from_token, conv_from_channel, conv_to_batch, conv_to_token, conv_to_channel;
-    int64_t from_states_first, to_states_first;  // Mamba-1: 1 where the state lies as [M, N, E], 0 as [M, E, N]
-    const int8_t* codes_from;                    // null: the state is fp32
-    int8_t* codes_to;
-    const int64_t* steps_from;  // [M]
-    int64_t* steps_to;
-};
 
 struct Step {
     int64_t batch, blocks, threads;
@@ -78,7 +33,6 @@ struct Step {
     float* h;  // [M, D], replaced
 };
 
-constexpr int64_t MAX_WIDTH = 16;
 constexpr int STAGES = 8;  // counters of a block
 constexpr int64_t AHEAD_CHANNELS = 128;  // of the scan's state and decay, on their way from memory
 
@@ -91,10 +45,7 @@ extern "C" MC_EXPORT void mc_mixer_step(const void* p) { MC_DISPATCH(mixer_step,
 
 #else
 
-#include "linear_tasks.h"
-#include "norm_rows.h"
-#include "hadamard_rows.h"
-#include "state_tiles.h"
+#include "block_parts.h"
 #include "state8_tiles.h"
 
 namespace MC_LEVEL {
@@ -102,29 +53,13 @@ namespace {
 
 using Counter = std::atomic<int64_t>;
 
-// The largest sizes among the blocks: buffers are made once a step.
-struct Sizes {
-    int64_t batch, size = 0, in = 0, conv = 0, x = 0, channels = 0, inputs = 0, groups = 1, states = 0, head_rows = 0;
-
-    explicit Sizes(const Step& p) : batch(p.batch) {
-        for (int64_t i = 0; i < p.blocks; ++i) {
-            const Block& k = *p.block[i];
-            size = std::max(size, k.size), in = std::max(in, k.in.outputs), conv = std::max(conv, k.conv_channels());
-            x = std::max(x, k.x.outputs), channels = std::max(channels, k.channels), states = std::max(states, k.states);
-            if (k.ssd) head_rows = std::max(head_rows, k.channels / k.heads);
-            for (const Matrix* m : {&k.in, &k.x, &k.dt, &k.out})
-                inputs = std::max(inputs, m->inputs), groups = std::max(groups, m->groups);
-        }
-    }
-};
-
 // What all threads write and read, [M, ...] each.
 struct Shared {
     Scratch<float> in, u, low, dt, y, out;
 
-    explicit Shared(const Sizes& s)
-        : in(size_t(s.batch * s.in)), u(size_t(s.batch * s.conv)), low(size_t(s.batch * s.x)),
-          dt(size_t(s.batch * s.channels)), y(size_t(s.batch * s.channels)), out(size_t(s.batch * s.size)) {}
+    Shared(const Sizes& s, int64_t batch)
+        : in(size_t(batch * s.in)), u(size_t(batch * s.conv)), low(size_t(batch * s.x)), dt(size_t(batch * s.channels)),
+          y(size_t(batch * s.channels)), out(size_t(batch * s.size)) {}
 };
 
 // Whole rows made ready for a linear: by every thread for itself, or together.
@@ -166,9 +101,7 @@ struct Walker {
     void meet() { barrier.wait(threads); }
 
     Tasks linear(const Matrix& m, const float* x, int64_t x_row, float* y) const {
-        Linear l{p.batch, m.inputs, m.outputs, m.groups, threads, m.activation, m.act_bits, x_row, F32, F32, m.scale_dtype, m.tiled,
-                 x, m.weight, m.scale, m.zero, m.bias, m.act_scale, y};
-        Tasks tasks(l, Weights(m.weights));
+        Tasks tasks = linear_of(m, p.batch, threads, x, x_row, y, m.outputs);
         if (tasks.shape != Tasks::FLOAT) tasks.chunk = std::max<int64_t>(1, std::min(tasks.chunk, tasks.count / (4 * threads)));
         return tasks;
     }
@@ -197,65 +130,10 @@ struct Walker {
     void quantize(const Tasks& tasks, int64_t m) { tasks.prepare(ready.rows, m, mine.row.get(), mine.natural.get()); }
 
     void rotate(const Rotation& r, int64_t size, const float* x, float* y) {
-        const Hadamard h{1, size, r.block, r.base, 0, 1, size, F32, x, r.mix, r.signs, y};
-        transform_row(h, 0, float(1.0 / std::sqrt(double(r.block))), mine.row.get(), mine.row2.get());
+        rotate_row(r, size, x, y, mine.row.get(), mine.row2.get());
     }
 
     // -- stages ------------------------------------------------------------------------------------------------------
-
-    // Channels [first, last) of the convolution of row m, its state moved on by one token.
-    void convolve(const Block& k, const State& s, int64_t m, int64_t first, int64_t last) {
-        const int64_t K = k.width, old = K - 1;
-        const float* x = all.in.get() + m * k.in.outputs + k.conv_offset();
-        float* u = all.u.get() + m * k.conv_channels();
-        const float* from = s.conv_from + m * s.conv_from_batch;
-        float* to = s.conv_to + m * s.conv_to_batch;
-        for (int64_t c = first; c < last; c += W) {
-            const int count = int(std::min<int64_t>(W, last - c));
-            V window[MAX_WIDTH], taps[MAX_WIDTH];
-            for (int64_t t = 0; t < old; ++t)
-                window[t] = gather_part(from + t * s.conv_from_token + c * s.conv_from_channel, s.conv_from_channel, count);
-            window[old] = load_part(x + c, count);
-            load_taps(k.conv + c * K, K, count, taps);
-            V y = k.conv_bias ? load_part(k.conv_bias + c, count) : zero();
-            for (int64_t t = 0; t < K; ++t) y = fma(window[t], taps[t], y);
-            if (k.activated) y = y * sigmoid(k.conv_scale ? y * load_part(k.conv_scale + c, count) : y);
-            store_part(u + c, y, count);
-            for (int64_t t = 0; t < old; ++t)
-                scatter_part(to + t * s.conv_to_token + c * s.conv_to_channel, s.conv_to_channel, window[t + 1], count);
-        }
-    }
-
-    static MC_INLINE V gather_part(const float* from, int64_t step, int count) {
-        if (step == 1) return load_part(from, count);
-        float lanes[W] = {};
-        for (int i = 0; i < count; ++i) lanes[i] = from[i * step];
-        return load(lanes);
-    }
-
-    static MC_INLINE void scatter_part(float* to, int64_t step, V x, int count) {
-        if (step == 1) return store_part(to, x, count);
-        float lanes[W];
-        store(lanes, x);
-        for (int i = 0; i < count; ++i) to[i * step] = lanes[i];
-    }
-
-    // weight [count channels, K] -> a vector a tap.
-    static MC_INLINE void load_taps(const float* weight, int64_t K, int count, V* taps) {
-#if MC_WIDTH == 16
-        if (K == 4 && count == W) {
-            const __m512i pick = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-            const __m512 a = _mm512_loadu_ps(weight), b = _mm512_loadu_ps(weight + 16);
-            const __m512 c = _mm512_loadu_ps(weight + 32), d = _mm512_loadu_ps(weight + 48);
-            for (int t = 0; t < 4; ++t) {
-                const __m512i at = _mm512_add_epi32(pick, _mm512_set1_epi32(t));
-                taps[t].v = _mm512_shuffle_f32x4(_mm512_permutex2var_ps(a, at, b), _mm512_permutex2var_ps(c, at, d), 0x44);
-            }
-            return;
-        }
-#endif
-        for (int64_t t = 0; t < K; ++t) taps[t] = gather_part(weight + t, K, count);
-    }
 
     // Asks the cache for channels [first, last) of `rows` rows, `step` elements apart, ahead of their use.
     template <typename T>
@@ -329,16 +207,8 @@ struct Walker {
         const int64_t N = k.states, P = k.channels / k.heads, padded = ceil_div(N, W) * W, S = k.groups * N;
         const int64_t group = head / (k.heads / k.groups), row = (m * k.heads + head) * P;
         const float* u_row = all.u.get() + m * k.conv_channels();
-        const float raw = all.in.get()[m * k.in.outputs + 2 * k.channels + 2 * S + head] + (k.dt_bias ? k.dt_bias[head] : 0.0f);
-        const float low = float(k.dt_low), high = float(k.dt_high);
-        float lanes[W];
-        store(lanes, softplus(set1(raw)));
         Steps at;
-        at.dt[0] = lanes[0];
-        if (at.dt[0] < low || at.dt[0] > high) at.dt[0] = std::min(std::max(at.dt[0], low), high);
-        store(lanes, exp2v(set1(at.dt[0]) * set1(k.decay[head] * LOG2E)));
-        at.decay[0] = lanes[0];
-        at.restart[0] = false;
+        read_steps(k, head, all.in.get() + m * k.in.outputs + 2 * k.channels + 2 * S + head, 0, 1, at);
         const float *x = u_row + head * P, *B = u_row + k.channels + group * N, *C = B + S;
         float *B_part = mine.states.get(), *C_part = B_part + padded, *state = C_part + padded;
         float *y = all.y.get() + m * k.channels + head * P, D = k.D ? k.D[head] : 0.0f;
@@ -352,10 +222,7 @@ struct Walker {
         if (s.codes_from) dequantize_rows(s.codes_from + row * N, P, N, padded, s.from + row, state);
         else if (padded != N) pad(s.from + row * N, P, N, padded, state);
         else from = s.from + row * N, to = s.to + row * N;
-        int64_t r = 0;
-        for (; r + HEAD_ROWS <= P; r += HEAD_ROWS)
-            advance_rows<HEAD_ROWS>(1, padded, P, at, B, C, x + r, D, from + r * padded, to + r * padded, y + r);
-        for (; r < P; ++r) advance_rows<1>(1, padded, P, at, B, C, x + r, D, from + r * padded, to + r * padded, y + r);
+        advance_head(P, 1, padded, P, at, B, C, x, D, from, to, y);
         if (s.codes_from)
             quantize_rows(state, P, N, padded, place_of(s.steps_from[m] + 1, head * P), s.codes_to + row * N, s.to + row);
         else if (padded != N)
@@ -367,12 +234,7 @@ struct Walker {
         const float* low = all.low.get() + m * k.x.outputs;
         if (!k.inner_norm) return low;
         float* to = ready.low.get() + m * k.x.outputs;
-        const auto norm = [&](int64_t from, int64_t rows, int64_t size) {
-            const Norm n{rows, size, size, 1, size, 0, F32, F32, F32, k.inner_eps, low + from, nullptr, nullptr, to + from};
-            for (int64_t row = 0; row < rows; ++row) norm_row(n, row, mine.row.get());
-        };
-        norm(0, 1, k.rank);
-        norm(k.rank, 2 * k.groups, k.states);
+        norm_low(k, low, to, mine.row.get());
         return to;
     }
 
@@ -390,7 +252,9 @@ struct Walker {
         const int64_t offset = k.conv_offset(), end = offset + k.conv_channels();
         each_run(next[1], tasks, [&](int64_t first, int64_t last) {
             first = std::max(first, offset) - offset, last = std::min(last, end) - offset;
-            for (int64_t m = 0; m < p.batch && first < last; ++m) convolve(k, s, m, first, last);
+            for (int64_t m = 0; m < p.batch && first < last; ++m)
+                convolve(k, s, m, first, last, 1, all.in.get() + m * k.in.outputs + offset, 0,
+                         all.u.get() + m * k.conv_channels(), 0);
         });
         meet();
     }
@@ -474,11 +338,11 @@ int worthwhile(const Step& p, const Sizes& s) {
 
 void mixer_step(const Step& p) {
     if (p.batch == 0 || p.blocks == 0) return;
-    const Sizes sizes(p);
+    const Sizes sizes(p.block, p.blocks);
     const int wanted = worthwhile(p, sizes);
     std::vector<Counter> counters(size_t(p.blocks * STAGES));
     Barrier barrier;
-    Shared all(sizes);
+    Shared all(sizes, p.batch);
     Ready together(sizes, p.batch > 1 && wanted > 1 ? p.batch : 1);
 #pragma omp parallel num_threads(wanted) if (wanted > 1)
     {

@@ -158,24 +158,28 @@ def _states_first(ssm: Tensor) -> bool:
 class NativeStates:
     """Where the states of all blocks are read from and written to. Holds the tensors."""
 
-    def __init__(self, old: Sequence[BlockState], new: Sequence[BlockState]) -> None:
+    def __init__(self, old: Sequence[BlockState] | None, new: Sequence[BlockState]) -> None:
+        """old: zeros where None, for a prefill."""
         self.old, self.new = old, new
-        self._bytes = b"".join(self._pack(a, b) for a, b in zip(old, new, strict=True))
+        self._bytes = b"".join(self._pack(a, b) for a, b in zip(old or [None] * len(new), new, strict=True))
         self._buffer = ctypes.create_string_buffer(self._bytes, len(self._bytes))
         self.address = ctypes.addressof(self._buffer)
 
     @staticmethod
-    def _pack(old: BlockState, new: BlockState) -> bytes:
-        strides = (*old.conv.stride(), *new.conv.stride())
-        a, b = old.ssm, new.ssm
-        if isinstance(a, Int8State) and isinstance(b, Int8State):
+    def _pack(old: BlockState | None, new: BlockState) -> bytes:
+        b = new.ssm
+        if old is None and isinstance(b, Tensor):
+            return _STATE.pack(0, 0, new.conv.data_ptr(), b.data_ptr(), 0, 0, 0, *new.conv.stride(), 1,
+                               _states_first(b), 0, 0, 0, 0)
+        if old is not None and isinstance(old.ssm, Int8State) and isinstance(b, Int8State):
+            a = old.ssm
             return _STATE.pack(old.conv.data_ptr(), a.scale.data_ptr(), new.conv.data_ptr(), b.scale.data_ptr(),
-                               *strides, 1, 1, a.codes.data_ptr(), b.codes.data_ptr(), a.step.data_ptr(),
-                               b.step.data_ptr())
-        if isinstance(a, Int8State) or isinstance(b, Int8State):
+                               *old.conv.stride(), *new.conv.stride(), 1, 1, a.codes.data_ptr(), b.codes.data_ptr(),
+                               a.step.data_ptr(), b.step.data_ptr())
+        if old is None or isinstance(old.ssm, Int8State) or isinstance(b, Int8State):
             raise TypeError("a step from an int8 state gives an int8 state, from an fp32 state an fp32 state")
-        return _STATE.pack(old.conv.data_ptr(), a.data_ptr(), new.conv.data_ptr(), b.data_ptr(), *strides,
-                           _states_first(a), _states_first(b), 0, 0, 0, 0)
+        return _STATE.pack(old.conv.data_ptr(), old.ssm.data_ptr(), new.conv.data_ptr(), b.data_ptr(),
+                           *old.conv.stride(), *new.conv.stride(), _states_first(old.ssm), _states_first(b), 0, 0, 0, 0)
 
 
 class NativeStep:

@@ -86,6 +86,10 @@ class LanguageModel:
                 return self.logits(stepped[0][:, None]), stepped[1]
         else:
             self._begins = True
+            if attention_mask is None and seq_idx is None:
+                read = self._prefill(h_BLD, states)
+                if read is not None:
+                    return self.logits(read[0][:, -1:] if last_only else read[0]), read[1]
         new_states: States = []
         for i, block in enumerate(self.model_map.blocks):
             h_BLD, state = self._block(block, h_BLD, None if states is None else states[i], attention_mask, seq_idx)
@@ -138,16 +142,29 @@ class LanguageModel:
         fused.run(h_BD, NativeStates(old, new))
         return h_BD, [MixerState(*state) for state in new]
 
+    def _prefill(self, h_BLD: Tensor, states: States | None) -> tuple[Tensor, States] | None:
+        """The blocks' prefill in one native call; None where it does not take this call."""
+        why = obstacle(h_BLD, 1)
+        if not why and h_BLD.shape[1] and all(isinstance(state.ssm, Tensor) for state in states or []):
+            fused, old = self._current(), None if states is None else native_states(states)
+            why = fused.prefill_why
+            if (states is None or old is not None) and chosen(h_BLD, why, "mixer_prefill"):
+                h_BLD = h_BLD.clone(memory_format=torch.contiguous_format)
+                return h_BLD, [MixerState(*state) for state in fused.prefill(h_BLD, old)]
+        return None
+
     def fused(self, h_BD: Tensor) -> FusedBlocks | None:
         """The blocks as one native call for a residual like h; None where single ops must run (noted, with why)."""
-        why = obstacle(h_BD, len(h_BD))
-        if not why:
-            fused = self._fused
-            if fused is None or not fused.holds() or (self._begins and not fused.unchanged()):
-                fused = self._fused = self._fuse()
-            self._begins = False
-            why = fused.why
+        why = obstacle(h_BD, len(h_BD)) or self._current().why
         return self._fused if chosen(h_BD, why) else None
+
+    def _current(self) -> FusedBlocks:
+        """The blocks' native description as they are now."""
+        fused = self._fused
+        if fused is None or not fused.holds() or (self._begins and not fused.unchanged()):
+            fused = self._fused = self._fuse()
+        self._begins = False
+        return fused
 
     def _fuse(self) -> FusedBlocks:
         modules = [block.module for block in self.model_map.blocks]

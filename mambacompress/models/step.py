@@ -25,6 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from mambacompress.kernels import native, registry
+from mambacompress.kernels.int8_state import Int8State
+from mambacompress.kernels.mixer_prefill import NativePrefill
+from mambacompress.kernels.mixer_prefill import lacks as prefill_lacks
 from mambacompress.kernels.mixer_step import (
     MAX_BATCH,
     BlockState,
@@ -93,7 +96,7 @@ class Watch:
 class StepPlan:
     """One mixer, and the RMS norm in front of it (``norm`` None: its input is normed, and no residual is added).
 
-    why: the reason why there is no native block; '' where there is one.
+    why: the reason why there is no native block; '' where there is one. prefill_why: why there is none for sequences.
     """
 
     def __init__(self, mixer: Mixer, norm: nn.Module | None = None) -> None:
@@ -102,7 +105,7 @@ class StepPlan:
         self._derived: list[tuple[Tensor, Tensor]] = []
         self.block: NativeBlock | None = None
         self.step: NativeStep | None = None  # this block alone
-        self.why = ""
+        self.why = self.prefill_why = ""
         try:
             if any(self.watch.hooks):
                 raise NotFused("hooks on its modules")
@@ -114,8 +117,9 @@ class StepPlan:
                 raise NotFused(", ".join(missing))
             self.block = NativeBlock(block)
             self.step = NativeStep([self.block])
+            self.prefill_why = ", ".join(prefill_lacks(block))
         except NotFused as reason:
-            self.why = str(reason)
+            self.why = self.prefill_why = str(reason)
 
     def unchanged(self) -> bool:
         """Whether nothing was written to what the plan holds copies of."""
@@ -241,14 +245,14 @@ def obstacle(x: Tensor, batch: int) -> str:
     return ""
 
 
-def chosen(x: Tensor, why: str) -> bool:
-    """Whether the native step is taken; notes the choice. why: the obstacle, or ''."""
+def chosen(x: Tensor, why: str, op: str = "mixer_step") -> bool:
+    """Whether the native step (or prefill) is taken; notes the choice. why: the obstacle, or ''."""
     if why:
-        registry.note("mixer_step", "single ops", why)
+        registry.note(op, "single ops", why)
         return False
     if native.library() is None:
         return False  # the single ops say so
-    return registry.choose("mixer_step", x.device, x.dtype) == "native"
+    return registry.choose(op, x.device, x.dtype) == "native"
 
 
 class FusedBlocks:
@@ -260,11 +264,13 @@ class FusedBlocks:
     def __init__(self, plans: Sequence[StepPlan], modules: Sequence[nn.Module]) -> None:
         self.plans = list(plans)
         self.why = next((plan.why for plan in plans if plan.block is None), "")
+        self.prefill_why = next((plan.prefill_why for plan in plans if plan.prefill_why), "")
         if len(plans) != len(modules):
-            self.why = "a mixer of another kind"
+            self.why = self.prefill_why = "a mixer of another kind"
         self._watch = Watch.joined([*(plan.watch for plan in plans), Watch(modules)])
         blocks = [plan.block for plan in plans if plan.block is not None]
         self._step = NativeStep(blocks) if not self.why else None
+        self._prefill = NativePrefill(blocks) if not self.prefill_why else None
 
     def holds(self) -> bool:
         """Whether all modules and tensors are where they were."""
@@ -279,6 +285,12 @@ class FusedBlocks:
         if self._step is None:
             raise RuntimeError(f"these blocks do not take the fused step: {self.why}")
         self._step.run(h_BD, states)
+
+    def prefill(self, h_BLD: Tensor, states: Sequence[BlockState] | None) -> list[BlockState]:
+        """h is replaced; returns the states behind it. states: fp32, or None for zeros."""
+        if self._prefill is None:
+            raise RuntimeError(f"these blocks do not take the fused prefill: {self.prefill_why}")
+        return self._prefill.run(h_BLD, states)
 
 
 def native_states(states: Sequence[MixerState]) -> list[BlockState] | None:
