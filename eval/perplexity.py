@@ -21,10 +21,18 @@ from mambacompress.eval.windows import Windows
 Advance = Callable[[int], None]
 
 
-def logits_of(model: Any, input_ids_BL: Tensor) -> Tensor:
-    """Logits [B, L, V] from a zero state, for a transformers-style causal LM."""
+def reader(model: Any) -> Callable[[Tensor], Tensor]:
+    """ids int64 [B, L] -> logits [B, L, V] from a zero state: by our own loop where the model runs on our mixers (the
+    same numbers as its forward, with less around them), else by a transformers-style forward.
+    """
+    from mambacompress.models.lm import LanguageModel
+
     device = next(model.parameters()).device
-    return model(input_ids=input_ids_BL.to(device), use_cache=False).logits
+    try:
+        lm = LanguageModel.of(model)
+    except UserError:
+        return lambda ids_BL: model(input_ids=ids_BL.to(device), use_cache=False).logits
+    return lambda ids_BL: lm.prefill(ids_BL.to(device))[0]
 
 
 def vocabulary_of(model: Any) -> int:
@@ -66,8 +74,10 @@ def window_losses(
     vocabulary = vocabulary_of(model)
     check_vocabulary(windows, vocabulary)
     losses: list[float] = []
-    for ids_BL, scored, _ in windows.batches(batch or windows.batch_size(vocabulary)):
-        losses += summed(token_losses(logits_of(model, ids_BL), ids_BL), scored)
+    read = reader(model)
+    size = batch or windows.batch_size(vocabulary, next(model.parameters()).device)
+    for ids_BL, scored, _ in windows.batches(size):
+        losses += summed(token_losses(read(ids_BL), ids_BL), scored)
         if advance is not None:
             advance(len(ids_BL))
     return losses

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -164,46 +164,68 @@ def _rows(
     chosen: Settings,
     progress: _Progress,
 ) -> Iterator[schema.ModelResult]:
-    reference: tuple[Any, Any] | None = None
-    reference_windows: dict[str, Windows] = {}
+    reference: _Reference | None = None
     for candidate in everyone:
-        with progress.task(f"{candidate.name}: load"):
-            model, tokenizer = candidate.loader()
-        windows = {}
-        for name, text in texts.items():
-            windows[name] = make_windows(
-                tokens_of(tokenizer, text, name), chosen.context, chosen.stride, chosen.windows
+        # A fresh process imports its libraries while this one reads: by the time it measures, it only measures.
+        with _speed_process(candidate, chosen) as process:
+            with progress.task(f"{candidate.name}: load"):
+                model, tokenizer = candidate.loader()
+            windows = {}
+            for name, text in texts.items():
+                windows[name] = make_windows(
+                    tokens_of(tokenizer, text, name), chosen.context, chosen.stride, chosen.windows
+                )
+            row = schema.ModelResult(
+                name=candidate.name,
+                description=candidate.description,
+                hardware=environment.hardware(next(model.parameters()).device),
+                versions=environment.versions(),
+                seeds={"tasks": chosen.seed, "speed": chosen.seed},
+                dtype=_dtypes(model),
             )
-        is_reference = baseline is not None and candidate.name == baseline.name
-        if is_reference:
-            reference, reference_windows = (model, tokenizer), windows
-        row = schema.ModelResult(
-            name=candidate.name,
-            description=candidate.description,
-            hardware=environment.hardware(next(model.parameters()).device),
-            versions=environment.versions(),
-            seeds={"tasks": chosen.seed, "speed": chosen.seed},
-            dtype=_dtypes(model),
-        )
-        _size(row, candidate)
-        against = None if is_reference or not chosen.agreement else reference
-        for name, cut in windows.items():
-            _text(row, name, cut, model, against, reference_windows.get(name), chosen, progress)
-        if not texts:
-            row.not_measured.append("perplexity, KL divergence and agreement: no text was given")
-        for task in tasks:
-            _task(row, task, model, tokenizer, chosen, progress)
-        if not tasks:
-            row.not_measured.append("task accuracy: no task was named")
-        if chosen.speed:
-            with progress.task(f"{candidate.name}: speed"):
-                _speed(row, candidate, model, chosen)
-        else:
-            row.not_measured.append("speed and peak memory: not asked for")
+            _size(row, candidate)
+            if baseline is not None and candidate.name == baseline.name:
+                reference = _Reference(model, windows, row)
+                if not chosen.agreement or len(everyone) == 1:
+                    reference.finish(chosen, progress)
+            else:
+                for name, cut in windows.items():
+                    _text(row, name, cut, model, reference if chosen.agreement else None, chosen, progress)
+            if not texts:
+                row.not_measured.append("perplexity, KL divergence and agreement: no text was given")
+            for task in tasks:
+                _task(row, task, model, tokenizer, chosen, progress)
+            if not tasks:
+                row.not_measured.append("task accuracy: no task was named")
+            if chosen.speed:
+                with progress.task(f"{candidate.name}: speed"):
+                    _speed(row, process, model, chosen)
+            else:
+                row.not_measured.append("speed and peak memory: not asked for")
         row.backend = row.speed.backend if row.speed and candidate.path else environment.backend()
         del model, tokenizer
         gc.collect()
         yield row
+    if reference is not None:
+        reference.finish(chosen, progress)
+
+
+@dataclass
+class _Reference:
+    """The baseline: what it loses on a text comes with the first comparison on the same tokens, or at the end."""
+
+    model: Any
+    windows: dict[str, Windows]
+    row: schema.ModelResult
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def finish(self, chosen: Settings, progress: _Progress) -> None:
+        """Fill in its own row."""
+        for name, cut in self.windows.items():
+            if name not in self.losses:
+                with progress.task(f"{self.row.name}: {name}", len(cut.spans)) as advance:
+                    self.losses[name] = perplexity.window_losses(self.model, cut, batch=chosen.batch, advance=advance)
+        self.row.texts = [_text_result(name, cut, self.losses[name]) for name, cut in self.windows.items()]
 
 
 def _size(row: schema.ModelResult, candidate: Candidate) -> None:
@@ -221,53 +243,56 @@ def _text(
     name: str,
     windows: Windows,
     model: Any,
-    against: tuple[Any, Any] | None,
-    other: Windows | None,
+    against: _Reference | None,
     chosen: Settings,
     progress: _Progress,
 ) -> None:
-    pair = against is not None and other is not None and other.fingerprint == windows.fingerprint
+    pair = against is not None and against.windows[name].fingerprint == windows.fingerprint
     if against is not None and not pair:
         row.not_measured.append(f"KL divergence on {name}: the baseline's tokenizer gives other tokens")
-    tokens = sum(windows.counts)
     with progress.task(f"{row.name}: {name}", len(windows.spans)) as advance:
         if pair and against is not None:
-            found = agree.compare(model, against[0], windows, batch=chosen.batch, advance=advance)
+            found = agree.compare(model, against.model, windows, batch=chosen.batch, advance=advance)
             losses = found.losses
-            kl, same = stats.ratio_mean(found.kl, windows.counts), stats.ratio_mean(found.same, windows.counts)
-            middle, ninety, tail, largest = found.quantiles
-            row.agreement.append(
-                schema.AgreementResult(
-                    text=name,
-                    context=windows.context,
-                    tokens=tokens,
-                    kl=kl.value,
-                    kl_se=kl.se,
-                    kl_median=middle,
-                    kl_90=ninety,
-                    kl_99=tail,
-                    kl_max=largest,
-                    top1=same.value,
-                    top1_se=same.se,
-                    fingerprint=windows.fingerprint,
-                )
-            )
+            against.losses.setdefault(name, found.baseline_losses)
+            row.agreement.append(_agreement_result(name, windows, found))
         else:
             losses = perplexity.window_losses(model, windows, batch=chosen.batch, advance=advance)
+    row.texts.append(_text_result(name, windows, losses))
+
+
+def _agreement_result(name: str, windows: Windows, found: agree.Agreement) -> schema.AgreementResult:
+    kl, same = stats.ratio_mean(found.kl, windows.counts), stats.ratio_mean(found.same, windows.counts)
+    middle, ninety, tail, largest = found.quantiles
+    return schema.AgreementResult(
+        text=name,
+        context=windows.context,
+        tokens=sum(windows.counts),
+        kl=kl.value,
+        kl_se=kl.se,
+        kl_median=middle,
+        kl_90=ninety,
+        kl_99=tail,
+        kl_max=largest,
+        top1=same.value,
+        top1_se=same.se,
+        fingerprint=windows.fingerprint,
+    )
+
+
+def _text_result(name: str, windows: Windows, losses: list[float]) -> schema.TextResult:
     value = stats.perplexity(losses, windows.counts)
-    row.texts.append(
-        schema.TextResult(
-            text=name,
-            context=windows.context,
-            stride=windows.stride,
-            windows=len(windows.spans),
-            tokens=tokens,
-            perplexity=value.value,
-            se=value.se,
-            window_nll=losses,
-            window_tokens=windows.counts,
-            fingerprint=windows.fingerprint,
-        )
+    return schema.TextResult(
+        text=name,
+        context=windows.context,
+        stride=windows.stride,
+        windows=len(windows.spans),
+        tokens=sum(windows.counts),
+        perplexity=value.value,
+        se=value.se,
+        window_nll=losses,
+        window_tokens=windows.counts,
+        fingerprint=windows.fingerprint,
     )
 
 
@@ -308,10 +333,22 @@ def _task(
         )
 
 
-def _speed(row: schema.ModelResult, candidate: Candidate, model: Any, chosen: Settings) -> None:
-    options = {"prompt": chosen.prompt, "steps": chosen.steps, "repeats": chosen.repeats, "seed": chosen.seed}
-    found = speeds.in_fresh_process(candidate.path, **options) if candidate.path else speeds.measure(model, **options)
-    row.speed = found
+def _speed_options(chosen: Settings) -> dict[str, Any]:
+    return {"prompt": chosen.prompt, "steps": chosen.steps, "repeats": chosen.repeats, "seed": chosen.seed}
+
+
+@contextmanager
+def _speed_process(candidate: Candidate, chosen: Settings) -> Iterator[speeds.FreshProcess | None]:
+    """A process that waits to measure this model; None where it is in no directory, or speed was not asked for."""
+    if not chosen.speed or candidate.path is None:
+        yield None
+        return
+    with speeds.FreshProcess(candidate.path, **_speed_options(chosen)) as process:
+        yield process
+
+
+def _speed(row: schema.ModelResult, process: speeds.FreshProcess | None, model: Any, chosen: Settings) -> None:
+    row.speed = found = process.measure() if process else speeds.measure(model, **_speed_options(chosen))
     if found.note:
         row.not_measured.append(found.note)
 

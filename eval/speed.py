@@ -5,14 +5,16 @@ at batch 1 from the state a prompt left. Each is repeated and the median reporte
 the first call packs and compiles.
 
 Peak memory is the process's anonymous memory (RssAnon: what cannot be dropped and read again), sampled from the start
-of loading. It means something only in a process that did nothing else, so ``in_fresh_process`` loads the model in
-one; where the caller has only a model in memory the speed is measured here and the memory is said to be not measured.
+of loading. It means something only in a process that did nothing else, so ``FreshProcess`` loads the model in one; it
+imports its libraries while the caller does other work, then waits to be told. Where the caller has only a model in
+memory the speed is measured here and the memory is said to be not measured.
 
 Legend: B batch, L tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import subprocess
@@ -37,7 +39,9 @@ _CHILD = """
 import json, sys
 from mambacompress.eval import speed
 wanted = json.loads(sys.argv[1])
-print("\\n" + json.dumps(speed.child(wanted)))
+speed.prepare(wanted)
+if sys.stdin.readline():
+    print("\\n" + json.dumps(speed.child(wanted)))
 """
 
 
@@ -76,26 +80,59 @@ def measure(model: Any, *, prompt: int = 512, steps: int = 32, repeats: int = 5,
     )
 
 
-def in_fresh_process(path: str | Path, **options: Any) -> Speed:
-    """Load ``path`` in a new process and measure speed and peak memory there, with as many threads as here.
-
-    Raises UserError where the process fails, with its last line.
+class FreshProcess:
+    """A new process that imports what loading ``path`` needs, waits, and measures speed and peak memory when it is
+    told to, with as many threads as here. ``with`` ends it, measured or not.
     """
-    wanted = {"path": str(path), "threads": torch.get_num_threads(), "options": options}
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps(wanted)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=child_environment(torch.get_num_threads()),
-    )
-    lines = [line for line in (done.stdout if done.returncode == 0 else done.stderr).splitlines() if line.strip()]
-    if done.returncode != 0 or not lines:
-        raise UserError(
-            f"the speed test of {path} failed: {lines[-1] if lines else f'exit code {done.returncode}'}",
-            "see whether `mambacompress generate` runs this model",
+
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        self._path = path
+        wanted = {"path": str(path), "threads": torch.get_num_threads(), "options": options}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, json.dumps(wanted)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=child_environment(torch.get_num_threads()),
         )
-    return Speed.model_validate_json(lines[-1])
+
+    def __enter__(self) -> FreshProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
+
+    def measure(self) -> Speed:
+        """Raises UserError where the process fails, with its last line."""
+        out, err = self._process.communicate("go\n")
+        code = self._process.returncode
+        lines = [line for line in (out if code == 0 else err).splitlines() if line.strip()]
+        if code != 0 or not lines:
+            raise UserError(
+                f"the speed test of {self._path} failed: {lines[-1] if lines else f'exit code {code}'}",
+                "see whether `mambacompress generate` runs this model",
+            )
+        return Speed.model_validate_json(lines[-1])
+
+
+def in_fresh_process(path: str | Path, **options: Any) -> Speed:
+    """Load ``path`` in a new process and measure there. Raises UserError where the process fails."""
+    with FreshProcess(path, **options) as process:
+        return process.measure()
+
+
+def prepare(wanted: dict[str, Any]) -> None:
+    """What the fresh process does before it waits: import what loading needs, by building the model without weights.
+
+    What cannot be read is left for ``child`` to complain of.
+    """
+    from mambacompress.models.families.checkpoint import empty_host, read_config
+
+    with contextlib.suppress(UserError):
+        empty_host(read_config(Path(wanted["path"])), prove=False)
 
 
 def child(wanted: dict[str, Any]) -> dict[str, Any]:

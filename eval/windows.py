@@ -21,8 +21,10 @@ from torch import Tensor
 
 from mambacompress import data
 from mambacompress.errors import UserError
+from mambacompress.kernels import native
 
 LOGIT_BYTES = 192 << 20  # of one batch of fp32 logits; memory stays bounded whatever the vocabulary
+CACHED_TOKENS = 1024  # of one batch where native kernels read it: what they pass on then stays in the cache
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,14 @@ class Windows:
                 scored[row, first - start - 1 :] = True
             yield torch.stack(rows), scored, group
 
-    def batch_size(self, vocabulary: int) -> int:
-        """As many windows as keep one batch of fp32 logits within bounds."""
-        return max(1, min(16, LOGIT_BYTES // (4 * self.context * vocabulary)))
+    def batch_size(self, vocabulary: int, device: torch.device | None = None) -> int:
+        """As many windows as keep one batch of fp32 logits within bounds, on the CPU where no device is named.
+
+        Native kernels want a batch that fits the cache, torch's loops over tokens as many rows as there are.
+        """
+        cached = native.library() is not None and (device is None or device.type == "cpu")
+        most = max(1, CACHED_TOKENS // self.context) if cached else 16
+        return max(1, min(most, LOGIT_BYTES // (4 * self.context * vocabulary)))
 
 
 def make_windows(

@@ -31,10 +31,10 @@ struct Factors {
 };
 
 // R rows from m by T tiles of 16 outputs from `first`. Few sums: low and high nibbles are summed apart, so that no dot
-// instruction waits for the last one. Many: totals of the groups so far wait in cache. FETCH: the tiles come from memory.
+// instruction waits for the last one. Many: totals of the groups so far wait in cache. FETCH: see int8_tile.
 template <int R, int T, bool FETCH>
 static inline void int4_tile(const Linear& p, Rows& rows, int64_t m, int64_t first, const uint8_t* const* tile,
-                             Factors& factors) {
+                             int64_t ahead, Factors& factors) {
     constexpr int U = R * T <= 4 ? 2 : 1;
     const int8_t* codes = rows.codes.get() + m * rows.stride;
     const int64_t stride = rows.stride, quads = p.inputs / 8 / p.groups;
@@ -55,21 +55,23 @@ static inline void int4_tile(const Linear& p, Rows& rows, int64_t m, int64_t fir
             __m512i w[T], part[T];
             MC_UNROLL(2)
             for (int t = 0; t < T; ++t) {
-                if (FETCH) _mm_prefetch(tile[t] + q * 64 + AHEAD, _MM_HINT_T1);
+                if (FETCH) _mm_prefetch(tile[t] + q * 64 + ahead, _MM_HINT_T1);
                 w[t] = _mm512_loadu_si512(tile[t] + q * 64);
                 part[t] = _mm512_and_si512(w[t], low);
             }
             MC_UNROLL(12)
             for (int r = 0; r < R; ++r) {
+                const __m512i quad = quad_of(at + r * stride);
                 MC_UNROLL(2)
-                for (int t = 0; t < T; ++t) dot_add_quad(acc[0][r][t], part[t], at + r * stride);
+                for (int t = 0; t < T; ++t) dot_add(acc[0][r][t], part[t], quad);
             }
             MC_UNROLL(2)
             for (int t = 0; t < T; ++t) part[t] = _mm512_and_si512(_mm512_srli_epi16(w[t], 4), low);
             MC_UNROLL(12)
             for (int r = 0; r < R; ++r) {
+                const __m512i quad = quad_of(at + r * stride + 64);
                 MC_UNROLL(2)
-                for (int t = 0; t < T; ++t) dot_add_quad(acc[U - 1][r][t], part[t], at + r * stride + 64);
+                for (int t = 0; t < T; ++t) dot_add(acc[U - 1][r][t], part[t], quad);
             }
         }
         MC_UNROLL(2)

@@ -6,9 +6,10 @@ namespace MC_LEVEL {
 // Accumulators of one sum: with few sums at a time several take turns, so that no dot instruction waits for the last one.
 constexpr int turns(int sums) { return sums >= 4 ? 1 : sums >= 2 ? 2 : 4; }
 
-// R rows from m by T tiles of 16 outputs from `first`. FETCH: the tiles come from memory, in order.
+// R rows from m by T tiles of 16 outputs from `first`. FETCH: the tiles come from memory; ask for what lies `ahead` bytes further.
 template <int R, int T, bool FETCH>
-static inline void int8_tile(const Linear& p, Rows& rows, int64_t m, int64_t first, const uint8_t* const* tile) {
+static inline void int8_tile(const Linear& p, Rows& rows, int64_t m, int64_t first, const uint8_t* const* tile,
+                             int64_t ahead) {
     constexpr int U = turns(R * T);
     const int8_t* codes = rows.codes.get() + m * rows.stride;
     const int64_t stride = rows.stride, quads = ceil_div(p.inputs, 4);
@@ -27,15 +28,18 @@ static inline void int8_tile(const Linear& p, Rows& rows, int64_t m, int64_t fir
         __m512i w[T];
         MC_UNROLL(2)
         for (int t = 0; t < T; ++t) {
-            if (FETCH) _mm_prefetch(tile[t] + q * 64 + AHEAD, _MM_HINT_T1);
+            if (FETCH) _mm_prefetch(tile[t] + q * 64 + ahead, _MM_HINT_T1);
             w[t] = _mm512_xor_si512(_mm512_loadu_si512(tile[t] + q * 64), flip);
         }
         MC_UNROLL(12)
         for (int r = 0; r < R; ++r) {
+            const __m512i quad = quad_of(codes + r * stride + q * 4);
             MC_UNROLL(2)
-            for (int t = 0; t < T; ++t) dot_add_quad(acc[u][r][t], w[t], codes + r * stride + q * 4);
+            for (int t = 0; t < T; ++t) dot_add(acc[u][r][t], w[t], quad);
         }
     };
+    if (FETCH)  // the scales of the next tiles, a line each
+        __builtin_prefetch(static_cast<const float*>(p.scale) + first + 4 * TILE_OUTPUTS, 0, 3);
     int64_t q = 0;
     for (; q + U <= quads; q += U) {
         MC_UNROLL(4)

@@ -205,12 +205,15 @@ static inline void plain_outputs(const Linear& p, Rows& rows, bool nibbles, int6
 #if MC_WIDTH == 16
 // -- AVX-512 VNNI ----------------------------------------------------------------------------------------------------
 
-// acc + unsigned bytes . signed bytes, a lane each; the signed ones from memory, whole or one quad broadcast to all lanes.
+// acc + unsigned bytes . signed bytes, a lane each. The signed ones are a quad in all lanes: as a memory operand of every dot
+// instruction it would be read once a tile, and loads, not products, would set the pace.
 MC_INLINE void dot_add(__m512i& acc, __m512i weights, __m512i codes) {
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(codes));
 }
-MC_INLINE void dot_add_quad(__m512i& acc, __m512i weights, const int8_t* quad) {
-    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(weights), "m"(*reinterpret_cast<const int32_t*>(quad)));
+MC_INLINE __m512i quad_of(const int8_t* codes) {
+    __m512i quad;
+    asm("vpbroadcastd %1, %0" : "=v"(quad) : "m"(*reinterpret_cast<const int32_t*>(codes)));
+    return quad;
 }
 
 MC_INLINE __mmask16 lanes(int64_t count) { return count >= 16 ? 0xffff : __mmask16((1u << count) - 1); }

@@ -11,7 +11,7 @@
 namespace MC_LEVEL {
 
 constexpr int64_t TILE_ROWS = 12, TILE_STRIPE = 96;
-constexpr int64_t FEW_ROWS = 4;  // up to so many, a tile at a time: what it takes is reading the weights
+constexpr int64_t FEW_ROWS = TILE_ROWS;  // up to so many, a tile at a time: what it takes is reading the weights
 
 enum Weights : int64_t { FLOATS = 0, BYTES = 1, NIBBLES = 2 };  // rows of fp32, bf16 or fp16; int8; int4 in groups
 
@@ -130,8 +130,11 @@ struct Tasks {
 
     template <int R, int T, bool FETCH>
     void run_rows(Rows& rows, int64_t m, int64_t first, const uint8_t* const* tile, Workspace& work) const {
-        if (weights == BYTES) int8_tile<R, T, FETCH>(p, rows, m, first, tile);
-        else int4_tile<R, T, FETCH>(p, rows, m, first, tile, work.factors);
+        // One tile: some kilobytes ahead in the same stream. Two: the same place of the next two, since two streams at once
+        // would be read from memory at half the speed.
+        const int64_t ahead = T == 1 ? AHEAD : 2 * TILE_OUTPUTS * p.row_bytes(weights == NIBBLES);
+        if (weights == BYTES) int8_tile<R, T, FETCH>(p, rows, m, first, tile, ahead);
+        else int4_tile<R, T, FETCH>(p, rows, m, first, tile, ahead, work.factors);
     }
 
     // `count` rows, at most R - 1.

@@ -13,10 +13,11 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import itertools
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,14 @@ def memory(size: int) -> torch.Tensor:
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)[:size]
+
+
+def places(sizes: Sequence[int]) -> list[torch.Tensor]:
+    """uint8 tensors of these sizes in one ``memory``, one behind the other, each at the start of a cache line."""
+    lines = [-(-size // 64) * 64 for size in sizes]
+    whole = memory(sum(lines))
+    starts = [0, *itertools.accumulate(lines)]
+    return [whole[start:start + size] for start, size in zip(starts, sizes, strict=False)]
 
 
 def runs_directly(*tensors: torch.Tensor | None) -> bool:

@@ -238,6 +238,31 @@ MC_INLINE float lane_sum(V x) {
 #endif
 }
 
+// The lane sums of W vectors, a lane each: the bits of lane_sum, in a third of its time.
+MC_INLINE V lane_sums(const V* x) {
+#if MC_WIDTH == 16
+    const auto halves = [](__m512 a, __m512 b) {  // eight sums of two lanes, of a and of b
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    __m512 t[4];  // in 128-bit lane k, four sums of four lanes of vector 4 k + j
+    MC_UNROLL(4)
+    for (int j = 0; j < 4; ++j) {
+        const __m512 low = halves(x[j].v, x[4 + j].v), high = halves(x[8 + j].v, x[12 + j].v);
+        t[j] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    }
+    const auto quarters = [](__m512 a, __m512 b) {
+        const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+        return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    };
+    const __m512 low = quarters(t[0], t[1]), high = quarters(t[2], t[3]);
+    return {_mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xdd))};
+#else
+    float sums[W];
+    for (int i = 0; i < W; ++i) sums[i] = lane_sum(x[i]);
+    return load(sums);
+#endif
+}
+
 // 2^x for finite x: the nearest whole power times a polynomial of degree 5 on [-1/2, 1/2], exactly 1 at 0, relative error
 // below 1.5e-7; NaN passes through.
 MC_INLINE V exp2_finite(V x) {

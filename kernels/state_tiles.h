@@ -114,7 +114,7 @@ MC_INLINE void for_vectors(int64_t vectors, Step&& step, int64_t v = 0) {
     if constexpr (M > 1) for_vectors<M / 2>(vectors, step, v);
 }
 
-// R rows over the tokens of a tile. x: [token][row stride], y: [token][R] lanes.
+// R rows over the tokens of a tile. x: [token][row stride], y: [token][W] vectors of lanes.
 template <int R>
 struct HeadRows {
     int64_t tokens, padded, x_stride;
@@ -145,7 +145,7 @@ struct HeadRows {
             MC_UNROLL(2)
             for (int r = 0; r < R; ++r) {
                 input[r] = set1(at->dt[t] * x[t * x_stride + r]);
-                sum[r] = y[t * R + r];
+                sum[r] = y[t * W + r];
             }
             MC_UNROLL(8)
             for (int i = 0; i < M; ++i) {
@@ -157,7 +157,7 @@ struct HeadRows {
                 }
             }
             MC_UNROLL(2)
-            for (int r = 0; r < R; ++r) y[t * R + r] = sum[r];
+            for (int r = 0; r < R; ++r) y[t * W + r] = sum[r];
         }
         MC_UNROLL(2)
         for (int r = 0; r < R; ++r) {
@@ -167,14 +167,26 @@ struct HeadRows {
     }
 };
 
-template <int R>
-MC_INLINE void advance_rows(int64_t tokens, int64_t padded, int64_t head_dim, const Steps& at, const float* B, const float* C,
-                            const float* x, float D, const float* from, float* to, float* y) {
-    V lanes[TILE * R];
-    for (int64_t i = 0; i < tokens * R; ++i) lanes[i] = zero();
-    for_vectors<VECTORS>(padded / W, HeadRows<R>{tokens, padded, head_dim, &at, B, C, x, from, to, lanes});
-    for (int64_t t = 0; t < tokens; ++t)
-        for (int r = 0; r < R; ++r) y[t * head_dim + r] = lane_sum(lanes[t * R + r]) + D * x[t * head_dim + r];
+// All `rows` rows of a head over the tokens of a tile, W at a time. x and y: [token][stride]; they may be the same memory.
+MC_INLINE void advance_head(int64_t rows, int64_t tokens, int64_t padded, int64_t stride, const Steps& at, const float* B,
+                            const float* C, const float* x, float D, const float* from, float* to, float* y) {
+    V lanes[TILE * W];
+    for (int64_t first = 0; first < rows; first += W) {
+        const int count = int(std::min<int64_t>(W, rows - first));
+        for (int64_t i = 0; i < tokens * W; ++i) lanes[i] = zero();
+        int r = 0;
+        if (tokens == 1)  // the state comes from memory
+            for (int64_t i = 0; i < W * padded; i += 16) __builtin_prefetch(from + (first + W) * padded + i, 0, 2);
+        for (; r + HEAD_ROWS <= count; r += HEAD_ROWS)
+            for_vectors<VECTORS>(padded / W, HeadRows<HEAD_ROWS>{tokens, padded, stride, &at, B, C, x + first + r,
+                                                                 from + (first + r) * padded, to + (first + r) * padded, lanes + r});
+        for (; r < count; ++r)
+            for_vectors<VECTORS>(padded / W, HeadRows<1>{tokens, padded, stride, &at, B, C, x + first + r,
+                                                         from + (first + r) * padded, to + (first + r) * padded, lanes + r});
+        for (int64_t t = 0; t < tokens; ++t)
+            store_part(y + t * stride + first, lane_sums(lanes + t * W) + set1(D) * load_part(x + t * stride + first, count),
+                       count);
+    }
 }
 
 }  // namespace

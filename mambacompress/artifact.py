@@ -15,6 +15,8 @@ D], which broadcasts to the same function here and raises a shape mismatch in st
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,20 @@ from torch import Tensor, nn
 
 from mambacompress import storage
 from mambacompress.errors import CheckFailed, UserError
+from mambacompress.kernels import native
 from mambacompress.models import heads, mixers, packed
 from mambacompress.models.families import adopt
 from mambacompress.models.families.checkpoint import empty_host, generation_config, read_config
 from mambacompress.models.modelmap import ModelMap, set_module
 from mambacompress.models.packed import PackedHead
+from mambacompress.storage import StoredTensor
 
 SCHEMA_VERSION = 1
 MANIFEST = "mambacompress.json"
 METHOD = "mambacompress"
 _SHARD_BYTES = 512 << 20
+_DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "F16": torch.float16,
+           "BF16": torch.bfloat16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def is_artifact(directory: Path) -> bool:
@@ -125,7 +131,7 @@ def load(directory: str | Path, device: str = "cpu") -> Any:
     load_tensors(model_map.host, tensor_files(directory, manifest))
     host = model_map.host.to(device)
     share_head(model_map)  # moving copies a shared buffer twice
-    packed.arrange(host)
+    packed.rearrange(host)
     host.eval()
     host.generation_config = generation_config(directory, host)
     return host
@@ -141,37 +147,49 @@ def tensor_files(directory: Path, manifest: dict[str, Any]) -> list[Path]:
 
 
 def load_tensors(host: nn.Module, files: list[Path]) -> None:
-    """Fill a skeleton strictly: every tensor it expects, nothing else, shapes and dtypes as stored."""
+    """Fill a skeleton strictly: every tensor it expects, nothing else, shapes and dtypes as stored.
+
+    All of them lie in one memory, in the skeleton's order, each read straight to its place: no file stays mapped, and
+    no more than the tensors themselves is ever held.
+    """
     expected = dict(host.state_dict(keep_vars=True))
     owners: dict[int, list[str]] = {}
     for name, tensor in expected.items():
         owners.setdefault(id(tensor), []).append(name)
-    seen: set[str] = set()
+    stored: dict[str, StoredTensor] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                    if name not in expected:
-                        raise UserError(
-                            f"{file.name} holds {name!r}, which this model has no place for",
-                            "the artifact and its manifest do not belong together: copy it again",
-                        )
-                    tensor = handle.get_tensor(name)
-                    if tensor.shape != expected[name].shape:
-                        raise UserError(
-                            f"{name!r} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}",
-                            "the artifact is damaged: copy it again",
-                        )
-                    for place in owners[id(expected[name])]:
-                        _place(host, place, tensor)
-                        seen.add(place)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is truncated or damaged: {error}", "copy the artifact again") from error
+        with _damage(file):
+            stored |= storage.stored_tensors(file)
+    for name, entry in stored.items():
+        if name not in expected:
+            raise UserError(f"{entry.file.name} holds {name!r}, which this model has no place for",
+                            "the artifact and its manifest do not belong together: copy it again")
+        if entry.shape != tuple(expected[name].shape) or entry.dtype not in _DTYPES:
+            raise UserError(f"{name!r} has shape {list(entry.shape)} of {entry.dtype}, expected "
+                            f"{list(expected[name].shape)}", "the artifact is damaged: copy it again")
+    seen = {place for name in stored for place in owners[id(expected[name])]}
     missing = sorted(set(expected) - seen)
     if missing:
-        raise UserError(
-            f"the artifact lacks {len(missing)} tensors, the first is {missing[0]!r}", "copy the artifact again"
-        )
+        raise UserError(f"the artifact lacks {len(missing)} tensors, the first is {missing[0]!r}",
+                        "copy the artifact again")
+    names = [name for name in expected if name in stored]
+    places = native.places([stored[name].size for name in names])
+    for name, memory in zip(names, places, strict=True):
+        entry = stored[name]
+        with _damage(entry.file):
+            entry.read_into(memory.numpy().data)
+        tensor = memory.view(_DTYPES[entry.dtype]).view(entry.shape)
+        for place in owners[id(expected[name])]:
+            _place(host, place, tensor)
+
+
+@contextmanager
+def _damage(file: Path) -> Iterator[None]:
+    """What goes wrong in reading a file of the artifact, in the user's words."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or damaged: {error}", "copy the artifact again") from error
 
 
 def _place(host: nn.Module, name: str, tensor: Tensor) -> None:
@@ -215,15 +233,12 @@ def assemble(parts: list[Path], directory: Path) -> list[str]:
     return names
 
 
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-
-
 def _nbytes(handle: Any, name: str) -> int:
     piece = handle.get_slice(name)
     count = 1
     for size in piece.get_shape():
         count *= size
-    return count * _ITEM_BYTES[piece.get_dtype()]
+    return count * _DTYPES[piece.get_dtype()].itemsize
 
 
 def finish(directory: Path, manifest: dict[str, Any], files: list[str]) -> None:

@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import random
 import sysconfig
 import zlib
@@ -131,12 +132,19 @@ def stdlib_modules(root: Path | None = None) -> dict[str, Path]:
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     modules = {}
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        if any(part in NOT_TEXT or part.startswith(("test_", "_sysconfigdata", "config-")) for part in parts):
-            continue
-        modules[".".join(part for part in parts if part != "__init__")] = path
+    for folder, below, files in os.walk(root):
+        below[:] = filter(_is_text, below)  # what is left out is not even looked into
+        parents = Path(folder).relative_to(root).parts
+        for file in files:
+            name, extension = os.path.splitext(file)
+            if extension == ".py" and _is_text(name):
+                modules[".".join(part for part in (*parents, name) if part != "__init__")] = Path(folder, file)
     return dict(sorted(modules.items()))
+
+
+def _is_text(part: str) -> bool:
+    """Whether a part of a module's dotted name leaves it prose-like source."""
+    return part not in NOT_TEXT and not part.startswith(("test_", "_sysconfigdata", "config-"))
 
 
 def stdlib_texts(split: Split, root: Path | None = None) -> list[str]:

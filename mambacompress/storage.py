@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,42 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
             if "os error 28" in str(error) or "No space left" in str(error):
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file. dtype: safetensors' name of it; start: its first byte; size: bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def read_into(self, target: memoryview) -> None:
+        """Read its bytes into memory of that size, without mapping the file. Raises OSError where the file ends."""
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start)
+            done = 0
+            while done < self.size:
+                got = file.readinto(target[done:])
+                if not got:
+                    raise OSError(f"it ends {self.size - done} bytes early")
+                done += got
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name. Raises SafetensorError or OSError where it is damaged."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np"):  # checks the header against itself and the file's size
+        pass
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return {name: StoredTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0],
+                               entry["data_offsets"][1] - entry["data_offsets"][0]) for name, entry in header.items()}
 
 
 def copy_file(source: Path, target: Path) -> None:

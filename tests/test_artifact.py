@@ -55,6 +55,18 @@ def python(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_loaded_model_holds_its_tensors_in_one_memory_and_no_file(made: Path) -> None:
+    """What lay in the file lies in one memory of that size, in lines of 64 bytes; the file is not mapped any more."""
+    stored = storage.stored_tensors(made / "model.safetensors")
+    host = mc.load(made)
+    held = {name: tensor for name, tensor in (*host.named_parameters(), *host.named_buffers()) if name in stored}
+    assert held.keys() == stored.keys()
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held.values()}
+    assert list(sizes.values()) == [sum(-(-entry.size // 64) * 64 for entry in stored.values())]
+    maps = Path("/proc/self/maps")
+    assert not maps.is_file() or str(made) not in maps.read_text()
+
+
 def test_transformers_loads_it_after_the_import_and_runs_the_same(made: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -280,12 +280,7 @@ struct Walker {
                 pad(in + t * all.in_row + 2 * E + group * N, 1, N, padded, B + t * padded);
                 pad(in + t * all.in_row + 2 * E + S + group * N, 1, N, padded, C + t * padded);
             }
-            int64_t r = 0;
-            for (; r + HEAD_ROWS <= P; r += HEAD_ROWS)
-                advance_rows<HEAD_ROWS>(tokens, padded, all.in_row, steps, B, C, x + r, D, state + r * padded, state + r * padded,
-                                        x + r);
-            for (; r < P; ++r)
-                advance_rows<1>(tokens, padded, all.in_row, steps, B, C, x + r, D, state + r * padded, state + r * padded, x + r);
+            advance_head(P, tokens, padded, all.in_row, steps, B, C, x, D, state, state, x);
         }
         unpad(state, P, N, padded, s.to + at);
     }

@@ -222,10 +222,7 @@ struct Walker {
         if (s.codes_from) dequantize_rows(s.codes_from + row * N, P, N, padded, s.from + row, state);
         else if (padded != N) pad(s.from + row * N, P, N, padded, state);
         else from = s.from + row * N, to = s.to + row * N;
-        int64_t r = 0;
-        for (; r + HEAD_ROWS <= P; r += HEAD_ROWS)
-            advance_rows<HEAD_ROWS>(1, padded, P, at, B, C, x + r, D, from + r * padded, to + r * padded, y + r);
-        for (; r < P; ++r) advance_rows<1>(1, padded, P, at, B, C, x + r, D, from + r * padded, to + r * padded, y + r);
+        advance_head(P, 1, padded, P, at, B, C, x, D, from, to, y);
         if (s.codes_from)
             quantize_rows(state, P, N, padded, place_of(s.steps_from[m] + 1, head * P), s.codes_to + row * N, s.to + row);
         else if (padded != N)

@@ -108,11 +108,7 @@ void ssd_forward_task(const Ssd& p, int64_t b, int64_t head) {
                 const int count = int(std::min<int64_t>(W, P - c));
                 store_part(x + t * P + c, read(p.x, b, start + t, head * P + c, count), count);
             }
-        int64_t r = 0;
-        for (; r + HEAD_ROWS <= P; r += HEAD_ROWS)
-            advance_rows<HEAD_ROWS>(tokens, padded, P, at, B, C, x + r, D, state + r * padded, state + r * padded, y + r);
-        for (; r < P; ++r)
-            advance_rows<1>(tokens, padded, P, at, B, C, x + r, D, state + r * padded, state + r * padded, y + r);
+        advance_head(P, tokens, padded, P, at, B, C, x, D, state, state, y);
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t c = 0; c < P; c += W) {
                 const int count = int(std::min<int64_t>(W, P - c));

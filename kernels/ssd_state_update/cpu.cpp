@@ -59,10 +59,7 @@ void update_head(const Update& p, int64_t b, int64_t head) {
     at.decay[0] = lanes[0];
     at.restart[0] = false;
     const float D = p.D ? p.D[head] : 0.0f;
-    int64_t r = 0;
-    for (; r + HEAD_ROWS <= P; r += HEAD_ROWS)
-        advance_rows<HEAD_ROWS>(1, padded, P, at, B, C, x + r, D, state + r * padded, state + r * padded, y + r);
-    for (; r < P; ++r) advance_rows<1>(1, padded, P, at, B, C, x + r, D, state + r * padded, state + r * padded, y + r);
+    advance_head(P, 1, padded, P, at, B, C, x, D, state, state, y);
     for (int64_t c = 0; c < P; c += W) {
         const int count = int(std::min<int64_t>(W, P - c));
         write(p.y, b, 0, head * P + c, count, load_part(y + c, count));

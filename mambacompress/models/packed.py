@@ -208,27 +208,32 @@ PACKED = (PackedLinear, PackedEmbedding, PackedHead)
 
 
 def arrange(model: nn.Module) -> None:
-    """Rearrange every packed weight of a model for the native kernels of this processor, in tiles, and move all of its
-    tensors into one memory, in their order; what held them before, a mapped file say, is let go.
+    """Move all tensors of a model into one memory, in their order, and rearrange its packed weights; what held them
+    before, a mapped file say, is let go.
 
     Tensors that modules share stay shared; nothing happens where kernels take rows, or other devices hold the model.
     """
-    owners: list[Any] = [owner for m in model.modules() for owner in (m._parameters, m._buffers)]
-    places = [(owner, name) for owner in owners for name, tensor in owner.items() if tensor is not None]
-    tensors: dict[int, Tensor] = {owner[name].data_ptr(): owner[name] for owner, name in places}
-    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.values())
-    if not on_cpu or native.library() is None or native.level() != "avx512":
+    if not _takes_tiles(model):
         return
-    memory, start = native.memory(sum(_in_lines(tensor.nbytes) for tensor in tensors.values())), 0
+    owners: list[Any] = [owner for m in model.modules() for owner in (m._parameters, m._buffers)]
+    held = [(owner, name) for owner in owners for name, tensor in owner.items() if tensor is not None]
+    tensors: dict[int, Tensor] = {owner[name].data_ptr(): owner[name] for owner, name in held}
     moved: dict[int, Tensor] = {}
-    for address, tensor in tensors.items():
-        view = memory[start:start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        moved[address], start = view.copy_(tensor.detach()), start + _in_lines(tensor.nbytes)
-    for owner, name in places:
+    for place, (address, tensor) in zip(native.places([t.nbytes for t in tensors.values()]), tensors.items(),
+                                        strict=True):
+        moved[address] = place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+    for owner, name in held:
         if isinstance(owner[name], nn.Parameter):  # one that modules share is met again, moved
             owner[name].data = moved.get(owner[name].data_ptr(), owner[name].data)
         else:
             owner[name] = moved[owner[name].data_ptr()]
+    rearrange(model)
+
+
+def rearrange(model: nn.Module) -> None:
+    """Rearrange every packed weight of a model, where it lies, for the native kernels of this processor: in tiles."""
+    if not _takes_tiles(model):
+        return
     packed = [module for module in model.modules() if isinstance(module, PACKED) and module.tileable()]
     for module in {module.qweight.data_ptr(): module for module in packed}.values():
         module.tile()
@@ -236,9 +241,9 @@ def arrange(model: nn.Module) -> None:
         module.tiled = True
 
 
-def _in_lines(size: int) -> int:
-    """Rounded up to whole cache lines."""
-    return -(-size // 64) * 64
+def _takes_tiles(model: nn.Module) -> bool:
+    on_cpu = all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+    return on_cpu and native.library() is not None and native.level() == "avx512"
 
 
 def build(spec: dict[str, Any]) -> nn.Module:
@@ -255,4 +260,4 @@ def build(spec: dict[str, Any]) -> nn.Module:
 
 
 __all__ = ["PACKED", "ActivationFormat", "OnlineHadamard", "PackedEmbedding", "PackedHead", "PackedLinear",
-           "WeightFormat", "arrange", "build"]
+           "WeightFormat", "arrange", "build", "rearrange"]

@@ -194,6 +194,14 @@ def test_a_fresh_process_tells_why_it_failed(tmp_path: Path) -> None:
         speed.in_fresh_process(tmp_path, prompt=4, steps=1, repeats=1)
 
 
+def test_a_fresh_process_that_is_not_asked_ends_unasked(tiny_mamba: Any, tmp_path: Path) -> None:
+    tiny_mamba.save_pretrained(tmp_path)
+    with speed.FreshProcess(tmp_path, prompt=8, steps=2, repeats=2) as process:
+        child = process._process
+        assert child.poll() is None
+    assert child.returncode is not None
+
+
 def test_a_fresh_process_measures_memory_too(tiny_mamba: Any, tmp_path: Path) -> None:
     tiny_mamba.save_pretrained(tmp_path)
     found = speed.in_fresh_process(tmp_path, prompt=8, steps=2, repeats=2)
