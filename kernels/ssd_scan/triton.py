@@ -30,7 +30,7 @@ from mambacompress.kernels.ssd_state_update.triton import run_update
 from mambacompress.kernels.tile_math import LOG2E, factor, narrow, softplus, wide
 
 CHUNK = 64
-BLOCK_N = 64
+BLOCK_N = 64  # fp32, whose products take three times the registers, has half of both
 
 
 @triton.jit
@@ -152,15 +152,17 @@ def run_forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
         y, final, _ = run_update(initial, None, None, x, dt, A, B, C, D, dt_bias, softplus, dt_low, dt_high)
         return y, final
     y, final = _outputs(x, B)
-    chunks, block_n = triton.cdiv(length, CHUNK), min(BLOCK_N, max(16, triton.next_power_of_2(states)))
+    half = 2 if x.dtype == torch.float32 else 1
+    chunk, block_n = CHUNK // half, min(BLOCK_N // half, max(16, triton.next_power_of_2(states)))
+    chunks = triton.cdiv(length, chunk)
     local = torch.empty(batch, chunks, heads, head_dim, states, device=x.device)
     decay = torch.empty(batch, chunks, heads, device=x.device)
     precise = "ieee" if gpu.amd() else "tf32x3"
     shared: dict[str, Any] = {
         "SOFTPLUS": softplus, "LIMITED": (dt_low, dt_high) != (0.0, float("inf")), "BF16": x.dtype == torch.bfloat16,
-        "PRECISION": "tf32" if x.dtype == torch.float16 and not gpu.amd() else precise, "Q": CHUNK,
+        "PRECISION": "tf32" if x.dtype == torch.float16 and not gpu.amd() else precise, "Q": chunk,
         "BLOCK_P": max(16, triton.next_power_of_2(head_dim)), "BLOCK_N": block_n, "num_stages": 1,
-        "num_warps": 8 if x.dtype == torch.float32 else 4}
+        "num_warps": 4}
     sizes = (length, heads, head_dim, groups, states, x.stride(0), x.stride(1), dt.stride(0), dt.stride(1),
              B.stride(0), B.stride(1))
     gpu.launch(_chunk_kernel, (triton.cdiv(states, block_n), chunks, batch * heads), x, dt, A, B, dt_bias, ids, local,
