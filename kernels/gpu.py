@@ -158,5 +158,5 @@ def _compile(record: list[Compiled], kernel: Any, arguments: tuple[Any, ...], co
                                result))
 
 
-__all__ = ["DTYPES", "FLOATS", "TARGETS", "Compiled", "Target", "amd", "compiling_for", "installed", "interpreted", "launch",
-           "obstacle", "tuned"]
+__all__ = ["DTYPES", "FLOATS", "TARGETS", "Compiled", "Target", "amd", "compiling_for", "installed", "interpreted",
+           "launch", "obstacle", "tuned"]

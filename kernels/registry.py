@@ -3,9 +3,9 @@
 Every op has a readable torch reference, and may have a native CPU implementation and Triton kernels. ``auto`` (the
 default) takes native code for tensors on the CPU and Triton for those on a GPU, wherever it can compute what was asked;
 every other outcome carries a reason, is logged once, and is listed by ``chosen()`` so that a report can print it. On
-CPU tensors Triton runs only where it is asked for by name, and only in its interpreter: that is for tests. ``backend("reference")`` forces one implementation, ``strict(True)``
-turns a fallback into an error. Both are context managers on context variables: threads and tasks do not disturb one
-another.
+CPU tensors Triton runs only where it is asked for by name, and only in its interpreter: that is for tests.
+``backend("reference")`` forces one implementation, ``strict(True)`` turns a fallback into an error. Both are context
+managers on context variables: threads and tasks do not disturb one another.
 """
 
 from __future__ import annotations

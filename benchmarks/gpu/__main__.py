@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu --out gpu
 
-Parity with the reference at real sizes; then speed beside the reference, torch.compile of it where that is fair, a copy,
-torch's fp16 products, and mamba_ssm and causal_conv1d where they can be imported; the share of what the card's measured
-ceilings allow; decoding of an int8 model beside transformers. The full result is gpu.json in the folder given; the table
-comes last. Exit status: 0, 1 where a kernel is wrong or does not run, 2 where there is no GPU.
+Parity with the reference at real sizes; then speed beside the reference, torch.compile of it where that is fair, a
+copy, torch's fp16 products, and mamba_ssm and causal_conv1d where they can be imported; the share of what the card's
+measured ceilings allow; decoding of an int8 model beside transformers. The full result is gpu.json in the folder given;
+the table comes last. Exit status: 0, 1 where a kernel is wrong or does not run, 2 where there is no GPU.
 """
 
 from __future__ import annotations

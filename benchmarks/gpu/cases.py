@@ -179,18 +179,18 @@ def _linear(kind: str, sizes: Sizes, rows: int) -> Callable[[torch.device], Case
     """in_proj of a block, packed, beside torch's own on fp16 weights."""
 
     def make(device: torch.device) -> Case:
-        inputs, I, O = Inputs(device), sizes.width, 2 * sizes.channels
-        x, dense = inputs.normal(rows, I), inputs.normal(O, I)
-        work = 2.0 * rows * I * O
+        inputs, width, outputs = Inputs(device), sizes.width, 2 * sizes.channels
+        x, dense = inputs.normal(rows, width), inputs.normal(outputs, width)
+        work = 2.0 * rows * width * outputs
         fp16 = {"torch fp16": lambda: F.linear(x, dense)}
-        moved = size_of(x) + rows * O * 2
+        moved = size_of(x) + rows * outputs * 2
         if kind.startswith("w8"):
-            weight, scale = inputs.codes(O, I), inputs.normal(O, dtype=torch.float32).abs() * 0.01
+            weight, scale = inputs.codes(outputs, width), inputs.normal(outputs, dtype=torch.float32).abs() * 0.01
             mode = "token" if kind == "w8a8" else "none"
             return Case(lambda: int8_linear(x, weight, scale, activation=mode), moved + size_of(weight, scale), work,
                         "int8" if mode == "token" else "fp16", peers=fp16)
-        packed = inputs.codes(O, I // 2, low=0, dtype=torch.uint8)
-        scale = inputs.normal(O, I // 32).abs() * 0.05
+        packed = inputs.codes(outputs, width // 2, low=0, dtype=torch.uint8)
+        scale = inputs.normal(outputs, width // 32).abs() * 0.05
         mode = "token" if kind == "w4a8" else "none"
         return Case(lambda: int4_linear(x, packed, scale, group_size=32, activation=mode),
                     moved + size_of(packed, scale), work, "int8" if mode == "token" else "fp16", peers=fp16)
@@ -205,14 +205,16 @@ def _updates(kind: str, sizes: Sizes, batch: int) -> Callable[[torch.device], Ca
         inputs = Inputs(device)
         if kind == "ssd":
             H, P, N = sizes.heads, sizes.head_dim, sizes.ssd_states
-            h, x, dt = inputs.normal(batch, H, P, N, dtype=torch.float32), inputs.normal(batch, H, P), inputs.normal(batch, H)
-            B, C, A = inputs.normal(batch, 1, N), inputs.normal(batch, 1, N), -inputs.normal(H, dtype=torch.float32).exp()
+            h, A = inputs.normal(batch, H, P, N, dtype=torch.float32), -inputs.normal(H, dtype=torch.float32).exp()
+            x, dt = inputs.normal(batch, H, P), inputs.normal(batch, H)
+            B, C = inputs.normal(batch, 1, N), inputs.normal(batch, 1, N)
             return Case(lambda: ssd_state_update(h, x, dt, A, B, C), 2 * size_of(h) + 2 * size_of(x),
                         tolerance=max(TRITON_CHUNKED, TRITON_FORWARD[torch.float16]))
         E, N = sizes.channels, sizes.states
         state = quantize_state(inputs.normal(batch, E, N, dtype=torch.float32))
         u, dt, z = (inputs.normal(batch, E) for _ in range(3))
-        B, C, A = inputs.normal(batch, 1, N), inputs.normal(batch, 1, N), -inputs.normal(E, N, dtype=torch.float32).exp()
+        B, C = inputs.normal(batch, 1, N), inputs.normal(batch, 1, N)
+        A = -inputs.normal(E, N, dtype=torch.float32).exp()
         return Case(lambda: selective_state_update_int8(state, u, dt, A, B, C, None, z),
                     2 * size_of(state.codes, state.scale) + size_of(u, dt, z, A, u))
 

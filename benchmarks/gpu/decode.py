@@ -6,6 +6,7 @@ Random weights of mamba-130m, written and quantized below the output folder wher
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ def measure_decode(size: str, folder: Path, device: torch.device, batches: tuple
         for batch in batches:
             prompt = torch.randint(1, LanguageModel.of(model).vocabulary, (batch, 16), device=device)
             rates[f"ours {RECIPE}, batch {batch}"] = _rate(
-                lambda count, prompt=prompt: generate(model, prompt, count, eos_token_id=[]), batch, tokens)
-    del model
+                partial(_ours, generate, model, prompt), batch, tokens)
     try:
         rates |= _transformers(source, device, batches, tokens)
     except Exception as failure:  # a peer
         problems.append(f"transformers: {type(failure).__name__}: {failure}"[:300])
     return {"tokens_per_second": rates, "ran": sorted({f"{c.op}: {c.backend}" for c in record}), "problems": problems}
+
+
+def _ours(generate: Any, model: Any, prompt: torch.Tensor, count: int) -> None:
+    generate(model, prompt, count, eos_token_id=[])
 
 
 def _transformers(source: Path, device: torch.device, batches: tuple[int, ...], tokens: int) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """How long something takes on a GPU, and what the card does at best.
 
 A time is the median of single runs between two events, with the L2 cache overwritten before each: what a model finds,
-whose tensors are too many to stay there. Ceilings are measured the same way: a copy, a matrix product in fp16 and one in
-int8, so that a kernel is compared with what this card gives, not with its data sheet.
+whose tensors are too many to stay there. Ceilings are measured the same way: a copy, a matrix product in fp16 and one
+in int8, so that a kernel is compared with what this card gives, not with its data sheet.
 """
 
 from __future__ import annotations

@@ -167,7 +167,8 @@ def _launch(x: Tensor, signs: Tensor | None, block: int, transpose: bool, y: Ten
     gpu.launch(_rotate_kernel, (min(PROGRAMS, count) if many else count,), rows_x,
                _left_matrix(left, transpose, x.device), signs, static, y, codes, scale, rows_x.shape[0],
                rows_x.stride(0), blocks, left, 1.0 / math.sqrt(block), qmax=qmax_of(bits), SIGNS_FIRST=not transpose,
-               LEFT=tile[0], RIGHT=right, TILE_R=tile[1], MANY=many, num_warps=4 if many or (gpu.amd() and tile[1] == 128) else 8)
+               LEFT=tile[0], RIGHT=right, TILE_R=tile[1], MANY=many,
+               num_warps=4 if many or (gpu.amd() and tile[1] == 128) else 8)
 
 
 def hadamard_triton(x: Tensor, signs: Tensor | None, block: int, transpose: bool) -> Tensor:

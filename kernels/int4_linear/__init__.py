@@ -24,7 +24,6 @@ from mambacompress.kernels.int4_linear.reference import (
 from mambacompress.kernels.int8_linear import BYTES, check_input, lacks, qmax_of, tile, wide_dtype
 from mambacompress.kernels.int8_linear.cpu import native_linear
 
-
 TRITON_GROUPS = (32, 64, 128, 256)  # a tile of a product is a group, of at least what tensor cores take at a time
 
 

@@ -1,12 +1,13 @@
 """The selective scan on a GPU, forward: a thread a channel, its states in registers, no words between threads.
 
 A program holds a tile of states [N, E]: neighbouring threads are neighbouring channels, so that u, dt, z and y are
-coalesced, B and C are the same for all threads, and C . h is a sum inside a thread. Tokens come one after another.
-Where batch and channels alone do not fill the chip, the sequence is cut into chunks: every chunk is scanned from zero
-for its final state and its decay exp(A sum dt); a small kernel carries states from chunk to chunk; then every chunk is
-scanned from the state it starts with. (``one`` is 1, but the compiler must not know: of addresses it can vectorize it
-would make four states a thread's, and every sum a matter of shuffles and shared memory.) int8 inputs are multiplied by their scales (one, or one a channel or state) in
-registers. With ``EVERY`` the state is kept at every so many tokens, for the backward (``triton_backward``).
+coalesced, B and C are the same for all threads, and C . h is a sum inside a thread. (``one`` is 1, but the compiler
+must not know: of addresses it can vectorize it would make four states a thread's, and every sum a matter of shuffles
+and shared memory.) Tokens come one after another. Where batch and channels alone do not fill the chip, the sequence is cut
+into chunks: every chunk is scanned from zero for its final state and its decay exp(A sum dt); a small kernel carries
+states from chunk to chunk; then every chunk is scanned from the state it starts with. int8 inputs are multiplied by
+their scales (one, or one a channel or state) in registers. With ``EVERY`` the state is kept at every so many tokens,
+for the backward (``triton_backward``).
 
 Roofline, per token and channel at N = 16, fp16: 8 bytes (u, dt, z, y; B and C are shared by all channels), 5 with int8
 inputs and no z; N exponentials, 2 more for softplus and 2 for the gate, and 4 N + 10 multiply-adds. An H100 has 16
@@ -243,7 +244,7 @@ def offline_calls() -> None:
 
     for dtype, length in ((torch.float16, 1), (torch.float16, 4096), (torch.int8, 1), (torch.int8, 4096),
                           (torch.float32, 1)):
-        scales = (one, one, A[0], A[0], one) if dtype == torch.int8 else (None,) * 5
+        scales: Any = (one, one, A[0], A[0], one) if dtype == torch.int8 else (None,) * 5
         run_forward(*inputs(dtype, length), None, initial, None, *scales, True, False, False)
     training = inputs(torch.bfloat16, 4096)
     _, _, kept = run_forward(*training, one, None, None, *(None,) * 5, True, True, True)

@@ -154,7 +154,7 @@ def offline_calls() -> None:
     for dtype in gpu.DTYPES:
         u = torch.empty(2, 1, 1536, dtype=dtype, device="meta")
         B = u.new_empty(2, 1, 1, 16)
-        scales = (one, one, A[0], A[0], one) if dtype == torch.int8 else (None,) * 5
+        scales: Any = (one, one, A[0], A[0], one) if dtype == torch.int8 else (None,) * 5
         run_update(codes, scale, step, u, u, A, B, B, one, u, one, one, *scales, True)
 
 

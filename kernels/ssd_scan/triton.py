@@ -4,9 +4,9 @@ Three kernels, as in Mamba-2 (arXiv 2405.21060, sec. 6): every chunk's own state
 chunk; every chunk's output from the tokens before in it and from the state it starts with. Decays are always exp of a
 difference <= 0, sums over tokens fp32. One token alone takes the decode step of ``ssd_state_update``.
 
-Factors of products: bf16 inputs meet as bf16, weights rounded to it; fp16 as tf32, which has its precision and the range
-that decays times steps need; fp32 as three products of tf32 (AMD: as fp32). The backward differentiates the reference,
-whose chunks are matrix products of torch's own.
+Factors of products: bf16 inputs meet as bf16, weights rounded to it; fp16 as tf32, which has its precision and the
+range that decays times steps need; fp32 as three products of tf32 (AMD: as fp32). The backward differentiates the
+reference, whose chunks are matrix products of torch's own.
 
 Roofline, per token and head at P = 64, N = 128, Q = 64: 4 P N + 2 Q (N + P) = 57 k operations, 2 (2 P + 1) bytes of x,
 y and dt, and 4 P N 2 / Q = 1 kB of states. bf16 [8, 2048], 24 heads: 22.5 Gop, 23 us on an H100 at 990 Top/s; 0.5 GB,
@@ -190,15 +190,16 @@ def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, 
 
 def run_backward(dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
                  D: Tensor | None, dt_bias: Tensor | None, initial: Tensor | None, ids: Tensor | None, softplus: bool,
-                 dt_low: float, dt_high: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+                 dt_low: float, dt_high: float) -> tuple[Tensor, ...]:
     """Gradients of the reference, which autograd finds; empty where there is no such input."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, dt, A, B, C, D, dt_bias, initial)]
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_()
+                         for t in (x, dt, A, B, C, D, dt_bias, initial)]
     with torch.enable_grad():
         outputs = ssd_scan_reference(*leaves[:7], dt_softplus=softplus, dt_limit=(dt_low, dt_high), chunk_size=CHUNK,
                                      initial_state_BHPN=leaves[7], seq_idx_BL=ids)
         found = iter(torch.autograd.grad(outputs, [t for t in leaves if t is not None],
                                          [dy, torch.zeros_like(outputs[1]) if dfinal is None else dfinal]))
-    return tuple(x.new_empty(0) if t is None else next(found) for t in leaves)  # type: ignore[return-value]
+    return tuple(x.new_empty(0) if t is None else next(found) for t in leaves)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -30,7 +30,7 @@ class GraphedStep:
     """One step, captured. ``states`` are its own copies, and those behind the last token."""
 
     def __init__(self, step: Step, ids_B: Tensor, states: Sequence[MixerState], capture: Capture) -> None:
-        self.states = [MixerState(*(_copy(part) for part in (state.conv, state.ssm))) for state in states]
+        self.states = [MixerState(state.conv.clone(), _copy(state.ssm)) for state in states]
         self._ids_B = ids_B.clone()
         self._logits_BV = torch.empty(0)
 

@@ -30,7 +30,8 @@ def test_every_case_has_parity(name: str) -> None:
     assert row.problems == []
     assert row.ok, f"{row.error} > {row.tolerance}"
     assert row.seconds == 1e-3
-    assert row.floor is not None and row.floor > 0
+    assert row.floor is not None
+    assert row.floor > 0
     assert "reference" in row.rivals
 
 
@@ -58,7 +59,8 @@ def test_a_wrong_kernel_and_one_that_fails_are_told_and_not_timed() -> None:
 def test_differences() -> None:
     codes = torch.tensor([1, 2, 3, 4], dtype=torch.int8)
     assert difference(codes, codes) == 0
-    assert difference((codes, torch.ones(2)), (codes + torch.tensor([0, 1, 0, 0], dtype=torch.int8), torch.ones(2))) == 0.25
+    one_off = codes + torch.tensor([0, 1, 0, 0], dtype=torch.int8)
+    assert difference((codes, torch.ones(2)), (one_off, torch.ones(2))) == 0.25
     assert difference(codes, codes + 2) == float("inf")
 
 

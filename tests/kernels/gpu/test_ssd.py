@@ -20,7 +20,8 @@ def problem(device: str, dtype: torch.dtype, *sizes: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("sizes", [(2, 1, 4, 8, 16, 2), (1, 3, 2, 5, 7, 1), (1, 63, 4, 20, 70, 2), (1, 257, 2, 16, 24, 1)])
+@pytest.mark.parametrize("sizes", [(2, 1, 4, 8, 16, 2), (1, 3, 2, 5, 7, 1), (1, 63, 4, 20, 70, 2),
+                                   (1, 257, 2, 16, 24, 1)])
 def test_forward(device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
     p = problem(device, dtype, *sizes)
     assert_same(*both(ssd_scan, **p), dtype, TRITON_CHUNKED)
