@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -134,20 +135,28 @@ def fits(state: BlockState) -> bool:
     return ssm.dtype == torch.float32 and (ssm.is_contiguous() or _states_first(ssm))
 
 
-def next_state(state: BlockState) -> BlockState:
-    """Memory for the state after a step; Mamba-1's as [B, N, E], so that a vector of channels is one load."""
-    conv, ssm = state
-    if isinstance(ssm, Int8State):
-        empty = Int8State(_next(ssm.codes), torch.empty_like(ssm.scale), torch.empty_like(ssm.step))
-        return BlockState(torch.empty(conv.shape), empty)
-    return BlockState(torch.empty(conv.shape), _next(ssm))
+def next_states(states: Sequence[BlockState], *, lasting: bool = False) -> list[BlockState]:
+    """Memory for the states after a step; Mamba-1's as [B, N, E], so that a vector of channels is one load.
 
-
-def _next(ssm: Tensor) -> Tensor:
-    if ssm.dim() == 3:
-        batch, channels, states = ssm.shape
-        return torch.empty(batch, states, channels, dtype=ssm.dtype).transpose(1, 2)
-    return torch.empty(ssm.shape, dtype=ssm.dtype)
+    lasting: one memory of huge pages for all, slow to get and quick to use: for states that are written again and again.
+    """
+    recurrent = [state.ssm.codes if isinstance(state.ssm, Int8State) else state.ssm for state in states]
+    if lasting:
+        memory = native.places([ssm.numel() * ssm.element_size() for ssm in recurrent])
+    else:
+        memory = [torch.empty(ssm.numel() * ssm.element_size(), dtype=torch.uint8) for ssm in recurrent]
+    new = []
+    for state, ssm, place in zip(states, recurrent, memory, strict=True):
+        values = place.view(ssm.dtype)
+        if ssm.dim() == 3:
+            batch, channels, size = ssm.shape
+            values = values.view(batch, size, channels).transpose(1, 2)
+        else:
+            values = values.view(ssm.shape)
+        after = (Int8State(values, torch.empty_like(state.ssm.scale), torch.empty_like(state.ssm.step))
+                 if isinstance(state.ssm, Int8State) else values)
+        new.append(BlockState(torch.empty(state.conv.shape), after))
+    return new
 
 
 def _states_first(ssm: Tensor) -> bool:
@@ -161,7 +170,7 @@ class NativeStates:
     def __init__(self, old: Sequence[BlockState] | None, new: Sequence[BlockState]) -> None:
         """old: zeros where None, for a prefill."""
         self.old, self.new = old, new
-        self._bytes = b"".join(self._pack(a, b) for a, b in zip(old or [None] * len(new), new, strict=True))
+        self._bytes = b"".join(self._pack(a, b) for a, b in zip(old if old is not None else repeat(None, len(new)), new, strict=True))
         self._buffer = ctypes.create_string_buffer(self._bytes, len(self._bytes))
         self.address = ctypes.addressof(self._buffer)
 
@@ -196,4 +205,4 @@ class NativeStep:
             len(h_BD), len(self.blocks), torch.get_num_threads(), self._address, states.address, h_BD.data_ptr()))
 
 
-__all__ = ["MAX_BATCH", "NativeBlock", "NativeStates", "NativeStep", "fits", "lacks", "next_state"]
+__all__ = ["MAX_BATCH", "NativeBlock", "NativeStates", "NativeStep", "fits", "lacks", "next_states"]

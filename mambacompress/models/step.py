@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from mambacompress.kernels import native, registry
-from mambacompress.kernels.int8_state import Int8State
 from mambacompress.kernels.mixer_prefill import NativePrefill
 from mambacompress.kernels.mixer_prefill import lacks as prefill_lacks
 from mambacompress.kernels.mixer_step import (
@@ -41,7 +40,7 @@ from mambacompress.kernels.mixer_step import (
     SSDBlock,
     fits,
     lacks,
-    next_state,
+    next_states,
 )
 from mambacompress.models.mixers import Mixer, MixerState, S6Mixer, SSDMixer
 from mambacompress.models.orders import SUM
@@ -300,5 +299,5 @@ def native_states(states: Sequence[MixerState]) -> list[BlockState] | None:
     return read if all(map(fits, read)) else None
 
 
-__all__ = ["FusedBlocks", "NativeStates", "Plans", "StepPlan", "Watch", "chosen", "native_states", "next_state",
+__all__ = ["FusedBlocks", "NativeStates", "Plans", "StepPlan", "Watch", "chosen", "native_states", "next_states",
            "obstacle"]

@@ -1,4 +1,4 @@
-"""The fused prefill: the bits of single steps for every format, level, chunk and thread count; what it leaves to single ops."""
+"""The fused prefill: the bits of single steps, whatever format, level, chunk and number of threads; what it does not take."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def same(a: list[Any], b: list[Any]) -> bool:
     return all(torch.equal(x, y) for x, y in pairs)
 
 
-def same_bits(blocks: list[S6Block | SSDBlock], batch: int, length: int, states: list[BlockState] | None = None) -> None:
+def same_bits(blocks: list[S6Block | SSDBlock], batch: int, length: int,
+              states: list[BlockState] | None = None) -> None:
     h = torch.randn(batch, length, len(blocks[0].norm))  # type: ignore[arg-type]
     given = h.clone()
     y, new = mixer_prefill(h, blocks, states)
@@ -112,8 +113,8 @@ def test_a_nan_stays_in_its_sequence() -> None:
 @torch.no_grad()
 def test_what_it_lacks_runs_step_by_step() -> None:
     h = torch.randn(1, 4, 40)
-    for block, states in ((s6_block("fp32"), None),
-                          (s6_block("int8"), [BlockState(torch.zeros(1, 3, 72), quantize_state(torch.zeros(1, 72, 9)))])):
+    int8 = [BlockState(torch.zeros(1, 3, 72), quantize_state(torch.zeros(1, 72, 9)))]
+    for block, states in ((s6_block("fp32"), None), (s6_block("int8"), int8)):
         y, _ = mixer_prefill(h, [block], states)
         assert y.shape == (1, 4, 40)
         with registry.strict(), pytest.raises(registry.KernelFallback):
