@@ -138,7 +138,7 @@ def fits(state: BlockState) -> bool:
 def next_states(states: Sequence[BlockState], *, lasting: bool = False) -> list[BlockState]:
     """Memory for the states after a step; Mamba-1's as [B, N, E], so that a vector of channels is one load.
 
-    lasting: one memory of huge pages for all, slow to get and quick to use: for states that are written again and again.
+    lasting: one memory of huge pages for all, slow to get and quick to use: for states written again and again.
     """
     recurrent = [state.ssm.codes if isinstance(state.ssm, Int8State) else state.ssm for state in states]
     if lasting:
@@ -170,7 +170,8 @@ class NativeStates:
     def __init__(self, old: Sequence[BlockState] | None, new: Sequence[BlockState]) -> None:
         """old: zeros where None, for a prefill."""
         self.old, self.new = old, new
-        self._bytes = b"".join(self._pack(a, b) for a, b in zip(old if old is not None else repeat(None, len(new)), new, strict=True))
+        before = repeat(None, len(new)) if old is None else old
+        self._bytes = b"".join(self._pack(a, b) for a, b in zip(before, new, strict=True))
         self._buffer = ctypes.create_string_buffer(self._bytes, len(self._bytes))
         self.address = ctypes.addressof(self._buffer)
 

@@ -1,4 +1,4 @@
-"""The fused prefill: the bits of single steps, whatever format, level, chunk and number of threads; what it does not take."""
+"""The fused prefill: the bits of single steps for every format, level, chunk and thread count; what it leaves."""
 
 from __future__ import annotations
 
