@@ -28,7 +28,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _MATRIX = "8q5P"
 _ROTATION = "2q2P"
-_BLOCK = struct.Struct(f"@10q4d9P{_MATRIX * 4}{_ROTATION * 2}")  # ``Block`` of cpu.cpp
+_BLOCK = struct.Struct(f"@10q4d14P{_MATRIX * 4}{_ROTATION * 2}")  # ``Block`` of cpu.cpp
 _STATE = struct.Struct("@4P8q4P")  # ``State``
 _STEP = struct.Struct("@3q3P")  # ``Step``
 _MODES = {"token": 0, "tensor": 1, "none": 2}
@@ -41,7 +41,7 @@ def lacks(block: S6Block | SSDBlock) -> list[str]:
     floats = [block.norm, block.conv.weight, block.conv.bias, block.conv.act_scale, block.A, block.D, block.dt_bias]
     matrices = [block.in_proj, block.out_proj]
     if isinstance(block, S6Block):
-        floats.append(block.gate_scale)
+        floats += [block.gate_scale, *(block.scan_scales or ())]
         matrices += [block.x_proj, block.dt_proj]
     else:
         floats.append(block.gated_norm)
@@ -83,7 +83,8 @@ class NativeBlock:
         return (0, len(block.out_proj.weight), channels, states, block.groups, block.conv.weight.shape[1],
                 block.conv.activation, block.dt_proj.inputs, 0, eps is not None, block.norm_eps, eps or 0.0, 0.0, 0.0,
                 self._at(block.norm), *self._conv(block.conv), self._decay.data_ptr(), self._at(block.D),
-                self._at(block.dt_bias), self._at(block.gate_scale), 0, *self._matrix(block.in_proj),
+                self._at(block.dt_bias), self._at(block.gate_scale), 0,
+                *map(self._at, block.scan_scales or (None,) * 5), *self._matrix(block.in_proj),
                 *self._matrix(block.x_proj), *self._matrix(block.dt_proj), *self._matrix(block.out_proj),
                 *self._rotation(block.x_rotation), *self._rotation(block.out_rotation))
 
@@ -91,8 +92,9 @@ class NativeBlock:
         return (1, len(block.out_proj.weight), len(block.gated_norm), block.states, block.groups,
                 block.conv.weight.shape[1], block.conv.activation, 0, len(block.A), 0, block.norm_eps, block.gated_eps,
                 *block.dt_limit, self._at(block.norm), *self._conv(block.conv), self._at(block.A), self._at(block.D),
-                self._at(block.dt_bias), 0, self._at(block.gated_norm), *self._matrix(block.in_proj), *_NO_MATRIX,
-                *_NO_MATRIX, *self._matrix(block.out_proj), *self._rotation(None), *self._rotation(block.out_rotation))
+                self._at(block.dt_bias), 0, self._at(block.gated_norm), *(0,) * 5, *self._matrix(block.in_proj),
+                *_NO_MATRIX, *_NO_MATRIX, *self._matrix(block.out_proj), *self._rotation(None),
+                *self._rotation(block.out_rotation))
 
     @staticmethod
     def decay(A_EN: Tensor) -> Tensor:
