@@ -36,7 +36,7 @@ from mambacompress.models.step import (
     NativeStates,
     chosen,
     native_states,
-    next_state,
+    next_states,
     obstacle,
 )
 
@@ -139,7 +139,7 @@ class LanguageModel:
         fused, old = self.fused(h_BD), native_states(states)
         if fused is None or old is None:
             return None
-        h_BD, new = h_BD.clone(memory_format=torch.contiguous_format), [next_state(state) for state in old]
+        h_BD, new = h_BD.clone(memory_format=torch.contiguous_format), next_states(old)
         fused.run(h_BD, NativeStates(old, new))
         return h_BD, [MixerState(*state) for state in new]
 
@@ -211,7 +211,7 @@ class Decoder:
         h_BD = h_BD.clone(memory_format=torch.contiguous_format)
         if self._native is None:
             old = native_states(self.states) or []
-            new = [next_state(state) for state in old]
+            new = next_states(old, lasting=True)
             fused.run(h_BD, NativeStates(old, new))
             self.states, self._native = [MixerState(*state) for state in new], NativeStates(new, new)
         else:
