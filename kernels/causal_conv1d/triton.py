@@ -64,7 +64,7 @@ def _forward_kernel(
 ):
     i_b = tl.program_id(2).to(tl.int64)
     o_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    o_t = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_t = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     m_e = o_e < channels
     b_y = _sum_of_taps(p_x, p_weight, p_bias, p_initial, p_ids, p_scale, i_b, o_t, o_e, m_e, length, x_batch, x_token,
                        i_batch, i_token, ahead, WIDTH, BLOCK_L, BLOCK_E)
@@ -85,7 +85,7 @@ def _parameter_gradients_kernel(
 ):
     i_b = tl.program_id(2).to(tl.int64)
     o_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    o_t = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_t = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     m_e = o_e < channels
     m_out = (o_t < length)[:, None] & m_e
     o_out = (i_b * length + o_t[:, None]) * channels + o_e[None, :]  # [L, E]
@@ -116,7 +116,7 @@ def _input_gradient_kernel(
 ):
     i_b = tl.program_id(2).to(tl.int64)
     o_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    o_s = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L) - (WIDTH - 1)  # the state's tokens come first
+    o_s = tl.program_id(1).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L) - (WIDTH - 1)  # the state's tokens come first
     m_e = o_e < channels
     b_dx = tl.zeros([BLOCK_L, BLOCK_E], tl.float32)
     for k in tl.static_range(WIDTH):

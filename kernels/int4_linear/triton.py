@@ -141,8 +141,8 @@ def offline_calls() -> None:
         weight = torch.empty(3072, 768, dtype=torch.uint8, device="meta")
         scale = torch.empty(3072, 1536 // size, dtype=torch.float16, device="meta")
         for rows in (1, 512):
-            for dtype, activation in ((torch.float16, "none"), (torch.float16, "token"), (torch.bfloat16, "none"),
-                                      (torch.float32, "tensor")):
+            more = ((torch.bfloat16, "none"), (torch.float32, "tensor")) if size == 64 else ()
+            for dtype, activation in ((torch.float16, "none"), (torch.float16, "token"), *more):
                 x = torch.empty(rows, 1536, dtype=dtype, device="meta")
                 zero = scale.to(torch.uint8) if dtype == torch.bfloat16 else None
                 bias = torch.empty(3072, device="meta")

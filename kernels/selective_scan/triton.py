@@ -3,11 +3,11 @@
 A program holds a tile of states [N, E]: neighbouring threads are neighbouring channels, so that u, dt, z and y are
 coalesced, B and C are the same for all threads, and C . h is a sum inside a thread. (``one`` is 1, but the compiler
 must not know: of addresses it can vectorize it would make four states a thread's, and every sum a matter of shuffles
-and shared memory.) Tokens come one after another. Where batch and channels alone do not fill the chip, the sequence is cut
-into chunks: every chunk is scanned from zero for its final state and its decay exp(A sum dt); a small kernel carries
-states from chunk to chunk; then every chunk is scanned from the state it starts with. int8 inputs are multiplied by
-their scales (one, or one a channel or state) in registers. With ``EVERY`` the state is kept at every so many tokens,
-for the backward (``triton_backward``).
+and shared memory.) Tokens come one after another. Where batch and channels alone do not fill the chip, the sequence is
+cut into chunks: every chunk is scanned from zero for its final state and its decay exp(A sum dt); a small kernel
+carries states from chunk to chunk; then every chunk is scanned from the state it starts with. int8 inputs are
+multiplied by their scales (one, or one a channel or state) in registers. With ``EVERY`` the state is kept at every so
+many tokens, for the backward (``triton_backward``).
 
 Roofline, per token and channel at N = 16, fp16: 8 bytes (u, dt, z, y; B and C are shared by all channels), 5 with int8
 inputs and no z; N exponentials, 2 more for softplus and 2 for the gate, and 4 N + 10 multiply-adds. An H100 has 16
@@ -91,9 +91,9 @@ def _scan_kernel(
     for first in range(i_c * chunk, min((i_c + 1) * chunk, length), UNROLL):
         for j in tl.static_range(UNROLL):
             i = first + j
-            t = i
+            t = tl.cast(i, tl.int64)
             if REVERSE:
-                t = length - 1 - i
+                t = length - 1 - t
             m_t = m_e & (i < length)
             b_u = wide(tl.load(p_u + i_b * u_batch + t * u_token + o_e, mask=m_t, other=0))  # [E]
             b_dt = wide(tl.load(p_dt + i_b * dt_batch + t * dt_token + o_e, mask=m_t, other=0))  # [E]

@@ -81,9 +81,9 @@ def _backward_kernel(
         b_h = tl.load(p_kept + (i_b * tiles + tiles - 1 - back) * states * channels + o_h, mask=m_h, other=0.0)
         for j in range(0, EVERY):
             i = first + j
-            t = i
+            t = tl.cast(i, tl.int64)
             if REVERSE:
-                t = length - 1 - i
+                t = length - 1 - t
             m_t = m_e & (i < length)
             tl.store(p_mine + j * BLOCK_N * BLOCK_E, b_h)
             _, b_dt, b_a = _dt_and_decay(p_dt, p_bias, p_resets, i_b * length + t, i < length,
@@ -96,9 +96,9 @@ def _backward_kernel(
         for k in range(0, EVERY):
             j = EVERY - 1 - k
             i = first + j
-            t = i
+            t = tl.cast(i, tl.int64)
             if REVERSE:
-                t = length - 1 - i
+                t = length - 1 - t
             m_t = m_e & (i < length)
             m_r = m_n & (i < length)
             b_before = tl.load(p_mine + j * BLOCK_N * BLOCK_E)  # [N, E]

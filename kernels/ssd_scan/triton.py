@@ -55,7 +55,7 @@ def _chunk_kernel(
 ):
     i_b, i_h, i_c = tl.program_id(2).to(tl.int64) // heads, tl.program_id(2) % heads, tl.program_id(1)
     i_g, chunks = i_h // (heads // groups), tl.num_programs(1)
-    o_t = i_c * Q + tl.arange(0, Q)
+    o_t = i_c.to(tl.int64) * Q + tl.arange(0, Q)
     o_p, o_n = tl.arange(0, BLOCK_P), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_t, m_p, m_n = o_t < length, o_p < head_dim, o_n < states
     b_dt = _steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
@@ -105,7 +105,7 @@ def _output_kernel(
     i_b, i_h, i_c = tl.program_id(1).to(tl.int64) // heads, tl.program_id(1) % heads, tl.program_id(0)
     i_g, chunks = i_h // (heads // groups), tl.num_programs(0)
     o_q, o_p = tl.arange(0, Q), tl.arange(0, BLOCK_P)
-    o_t = i_c * Q + o_q
+    o_t = i_c.to(tl.int64) * Q + o_q
     m_t, m_p = o_t < length, o_p < head_dim
     i_bch = (i_b * chunks + i_c) * heads + i_h
     b_read = tl.zeros([Q, BLOCK_P], tl.float32)  # of the state

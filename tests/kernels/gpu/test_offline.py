@@ -28,6 +28,20 @@ def test_shipped_kernels_compile_and_spill_nothing(target: str, tmp_path: Path) 
     assert {r.op for r in found} == set(ops())
     assert [r for r in found if r.wrong()] == []
     assert all(0 < r.registers <= 512 for r in found)
+    check_what_docstrings_say(found, target)
+
+
+def check_what_docstrings_say(found: list[Resources], target: str) -> None:
+    """Products run on matrix units; the scan has no words between threads; rows are read 16 bytes at a time."""
+    for r in found:
+        what = f"{r.kernel} ({r.configuration})"
+        if r.kernel in ("_linear_kernel", "_rotate_kernel", "_chunk_kernel", "_output_kernel"):
+            exact_fp32 = "enable_fp_fusion=True" in r.configuration and r.tensor_cores == 0  # fp32 weight-only products
+            assert r.tensor_cores > 0 or exact_fp32, what
+        if r.kernel == "_scan_kernel" and target.startswith("sm"):
+            assert r.shared == 0, what
+        if r.kernel == "_norm_kernel":
+            assert r.wide_loads > 0, what
 
 
 def test_a_spill_is_seen() -> None:
