@@ -193,7 +193,7 @@ def hadamard_int8_triton(x: Tensor, signs: Tensor | None, block: int, transpose:
 def offline_calls() -> None:
     """Every shipped variant, on meta tensors: see ``kernels.offline``."""
     for dtype in gpu.FLOATS:
-        for size in (48, 768, 1536, 2560, 5120):
+        for size in (48, 768, 1536, 2560, 5120) if dtype == torch.float16 else (1536, 5120):
             x = torch.empty(64, size, dtype=dtype, device="meta")
             signs = torch.empty(size, dtype=torch.int8, device="meta")
             hadamard_triton(x, signs, size, False)
