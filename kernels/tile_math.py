@@ -33,7 +33,13 @@ def softplus(x):
     """log(1 + exp(x)), to a few units in the last place in the tail too: there log(1 + t) = t (1 - t/2 + t²/3)."""
     t = tl.exp2(tl.minimum(x, 20.0) * LOG2E)
     near = tl.where(t < 0.00390625, t * (1.0 + t * (-0.5 + t * (0.33333334 - 0.25 * t))), tl.log(1.0 + t))
-    return tl.where(x > 20.0, x, near)
+    return tl.where(x <= 20.0, near, x)  # in this order a NaN stays one: a GPU's minimum of it and 20 is 20
+
+
+@triton.jit
+def clamp(x, low, high):
+    """x between the two; a NaN stays one."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit

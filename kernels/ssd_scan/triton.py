@@ -27,7 +27,7 @@ from torch import Tensor
 from mambacompress.kernels import gpu, native
 from mambacompress.kernels.ssd_scan.reference import ssd_scan_reference
 from mambacompress.kernels.ssd_state_update.triton import run_update
-from mambacompress.kernels.tile_math import LOG2E, factor, narrow, softplus, wide
+from mambacompress.kernels.tile_math import LOG2E, clamp, factor, narrow, softplus, wide
 
 CHUNK = 64
 BLOCK_N = 64  # fp32, whose products take three times the registers, has half of both
@@ -43,7 +43,7 @@ def _steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_h
     if SOFTPLUS:
         b_dt = softplus(b_dt)
     if LIMITED:
-        b_dt = tl.minimum(tl.maximum(b_dt, dt_low), dt_high)
+        b_dt = clamp(b_dt, dt_low, dt_high)
     return tl.where(o_t < length, b_dt, 0.0)
 
 

@@ -22,6 +22,7 @@ from mambacompress.kernels import gpu, native
 from mambacompress.kernels.int8_state import Int8State
 from mambacompress.kernels.tile_math import (
     LOG2E,
+    clamp,
     dither,
     int8_state_codes,
     int8_state_scale,
@@ -61,7 +62,7 @@ def _update_kernel(
     if SOFTPLUS:
         dt = softplus(dt)
     if LIMITED:
-        dt = tl.minimum(tl.maximum(dt, dt_low), dt_high)
+        dt = clamp(dt, dt_low, dt_high)
     b_h = b_h * tl.exp2(dt * tl.load(p_A + i_h) * LOG2E) + (b_x * dt)[:, None] * b_B[None, :]
     b_y = tl.sum(b_h * b_C[None, :], 1)  # [P]
     if p_D is not None:

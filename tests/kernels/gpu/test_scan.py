@@ -118,3 +118,13 @@ def test_the_polynomial_exponential(device: str) -> None:
     exact = torch.exp2(x.double())
     assert float(((y[:-3] - exact[:-3]) / exact[:-3]).abs().max()) < 3e-7
     assert y[-3:].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_what_is_no_number_reaches_the_output(device: str) -> None:
+    for name in ("u_BLE", "dt_BLE"):
+        p = problem(device, torch.float32, 1, 6, 5, 4)
+        p[name][0, 3, 2] = float("nan")
+        (y, final), (want_y, want_final) = both(selective_scan, **p)
+        assert torch.equal(y.isnan(), want_y.isnan())
+        assert torch.equal(final.isnan(), want_final.isnan())
+        assert y[0, 4, 2].isnan()
