@@ -13,8 +13,9 @@ Roofline, per token and channel at N = 16, fp16: 8 bytes (u, dt, z, y; B and C a
 inputs and no z; N exponentials, 2 more for softplus and 2 for the gate, and 4 N + 10 multiply-adds. An H100 has 16
 special-function results and 128 FMA a clock and SM: 20 / 16 = 1.25 clocks of exponentials, 0.6 of the rest, and
 8 B / (3350 / 132 / 1.7 = 14.9 B a clock and SM) = 0.54 of memory: the exponentials are the bound. ``POLYNOMIAL`` takes
-one token in so many through nine FMA-pipe instructions an exponential instead: with one in four, 16 exponentials less
-of 80 against 144 FMA more in 300. [1, 2048, 1536]: 3.1 M elements, 17 us by 1.25 clocks, twice that in chunks.
+one token in so many through some fifteen instructions of other pipes an exponential instead: with one in four, of 80
+special functions in four tokens 64 are left (4 clocks, not 5), and 300 other instructions become 540 (4.2).
+[1, 2048, 1536]: 3.1 M elements, 17 us by 1.25 clocks, twice that in chunks.
 
 Legend: B batch, L tokens, E channels, G groups, N states.
 """

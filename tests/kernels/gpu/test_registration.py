@@ -1,4 +1,4 @@
-"""The Triton kernels as torch.library ops: schemas tell the truth, fakes have the shapes and strides of the real thing."""
+"""The Triton kernels as torch.library ops: schemas tell the truth, fakes have shapes and strides of the real thing."""
 
 from __future__ import annotations
 
