@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambacompress.kernels import native
 from mambacompress.kernels.int4_linear import int4_linear
-from mambacompress.kernels.int8_linear import BYTES, can_be_tiled, int8_linear, rows_of, tile, untiled
+from mambacompress.kernels.int8_linear import BYTES, can_be_tiled, int8_linear, packed_rows, rows_of, tile, untiled
 from mambacompress.numerics import (
     NIBBLE_OFFSET,
     Grid,
@@ -237,10 +238,21 @@ class PackedWeight(nn.Module):
 
     def _lookup(self, ids: Tensor) -> Tensor:
         """Rows [..., columns] in ``dtype``; only these rows are dequantized."""
+        if self._looks_up_natively(ids):
+            groups = self.scale.shape[1] if self.scale.dim() == 2 else 1
+            found = packed_rows(ids.reshape(-1).contiguous(), self.qweight, self.scale, self.zero, groups=groups,
+                                tiled=self.tiled)
+            return found.to(self.dtype).reshape(*ids.shape, self.columns)
         qweight, scale, zero = self._picked(ids.reshape(-1))
         codes = self._codes(qweight, zero)
         rows = codes.float() * scale[:, None] if self.weights.bits == 8 else dequantize(codes, scale)
         return rows.to(self.dtype).reshape(*ids.shape, self.columns)
+
+    def _looks_up_natively(self, ids: Tensor) -> bool:
+        tensors = [t for t in (self.qweight, self.scale, self.zero) if t is not None]
+        return (ids.dtype == torch.int64 and ids.device.type == "cpu" and native.library() is not None
+                and native.runs_directly(ids, *tensors) and self.scale.dtype in (torch.float32, torch.float16)
+                and all(t.is_contiguous() and t.device.type == "cpu" for t in tensors))
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.columns}, {self.weights}"
