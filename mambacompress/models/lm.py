@@ -27,6 +27,7 @@ from mambacompress.errors import UserError
 from mambacompress.kernels.linear import linear
 from mambacompress.models.families import adopt
 from mambacompress.models.families.base import Hosted
+from mambacompress.models.graph import GraphedStep, graphed
 from mambacompress.models.mixers import MixerState
 from mambacompress.models.modelmap import Block, ModelMap
 from mambacompress.models.packed import PackedHead
@@ -188,10 +189,17 @@ class Decoder:
         self.states = [s.int8() for s in states] if state == "int8" else states
         self._native: NativeStates | None = None  # self.states, in place
         self._fused: FusedBlocks | None = None
+        self._graph: GraphedStep | None = None  # on a GPU
+        self._looked = False  # whether a graph was thought of
 
     def step(self, ids_B: Tensor) -> Tensor:
         """One token a row: ids int64 [B] -> logits, fp32 [B, V]."""
         lm = self.lm
+        if not self._looked:
+            self._looked, self._graph = True, graphed(lm.step, lm.model_map.host, ids_B, self.states)
+            self.states = self.states if self._graph is None else self._graph.states
+        if self._graph is not None:
+            return self._graph(ids_B)
         h_BD = lm.embed(ids_B)
         fused = self._fused
         if fused is None or not chosen(h_BD, obstacle(h_BD, len(h_BD))):
