@@ -20,7 +20,7 @@ PACKAGE = REPOSITORY / "mambacompress"
 
 # A module may import modules of its own level (itself included, passes excepted) and of every level before.
 LEVELS = (
-    ("errors", "numerics", "kernels"),
+    ("errors", "nm", "numerics", "kernels"),
     ("models",),
     ("schema", "recipe", "data", "passes", "training", "demo"),
     ("storage", "calibration", "card", "workdir", "artifact"),

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from mambacompress.kernels import native, registry
-from mambacompress.kernels.int8_state import Int8State
 from mambacompress.kernels.mixer_prefill import NativePrefill
 from mambacompress.kernels.mixer_prefill import lacks as prefill_lacks
 from mambacompress.kernels.mixer_step import (
