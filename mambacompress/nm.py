@@ -4,7 +4,8 @@
 the largest scores of a group stay, and of equal ones the earlier, so that a mask is a function of its scores alone.
 Zeros are written by ``masked_fill``: a product with zero would leave -0.0, and NaN where a weight is infinite.
 
-The packed form (values, and a mask or indices) is ``kernels.nm_linear``'s.
+The packed form (values, and a mask or indices) is ``kernels.nm_linear``'s. Recipes hold patterns, so importing this
+loads no torch.
 
 Legend: O outputs, I inputs, G groups a row, M places in a group.
 """
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from mambacompress.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST = 64
 """Places a group has at most."""
@@ -69,17 +71,18 @@ def nm_mask(scores_OI: Tensor, pattern: Pattern) -> Tensor:
         raise ValueError(f"groups of {pattern.of} do not divide the last axis of {tuple(scores_OI.shape)}")
     scores_GM = scores_OI.detach().reshape(-1, pattern.of)
     if pattern.of <= _COMPARED:
-        mask_GM = _ranks(scores_GM) < pattern.keep
-    else:
-        order_GM = torch.sort(scores_GM, dim=-1, descending=True, stable=True).indices
-        mask_GM = torch.zeros_like(scores_GM, dtype=torch.bool).scatter_(-1, order_GM[:, : pattern.keep], True)
-    return mask_GM.reshape(scores_OI.shape)
+        ranks_GM = _ranks(scores_GM)
+    else:  # the place of every place in the order
+        ranks_GM = scores_GM.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (ranks_GM < pattern.keep).reshape(scores_OI.shape)
 
 
 def _ranks(scores_GM: Tensor) -> Tensor:
-    """How many of its group stand before each score, int8 [groups, M]."""
+    """How many of its group stand before each score, uint8 [groups, M]."""
+    import torch
+
     columns_MG = scores_GM.T.contiguous()
-    ranks_MG = torch.zeros_like(columns_MG, dtype=torch.int8)
+    ranks_MG = torch.zeros_like(columns_MG, dtype=torch.uint8)
     for i in range(len(columns_MG)):
         for j in range(i + 1, len(columns_MG)):
             later_wins = columns_MG[j] > columns_MG[i]

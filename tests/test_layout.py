@@ -22,7 +22,7 @@ PACKAGE = REPOSITORY / "mambacompress"
 LEVELS = (
     ("errors", "nm", "numerics", "kernels"),
     ("models",),
-    ("schema", "recipe", "data", "passes", "training", "demo"),
+    ("schema", "pass_schema", "recipe", "data", "passes", "training", "demo"),
     ("storage", "calibration", "card", "workdir", "artifact"),
     ("pipeline",),
     ("hf", "export"),
