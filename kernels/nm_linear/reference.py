@@ -87,7 +87,7 @@ def nm_linear_reference(
 ) -> Tensor:
     """See ``nm_linear``."""
     inputs = x.shape[-1]
-    if values_OV.dtype == torch.int8:
+    if scale_O is not None:
         codes_OI = expand(values_OV, positions_OB, inputs, keep, of)
         return int8_linear_reference(x, codes_OI, scale_O, bias_O, activation=activation, act_scale=act_scale,
                                      act_bits=act_bits)

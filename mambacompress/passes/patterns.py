@@ -33,8 +33,8 @@ def declared(config: Any) -> list[PruneConfig]:
         patterns = {text: Pattern.parse(text) for text in tensors}
     except ValueError as error:
         raise UserError(f"the model's {ATTRIBUTE} is damaged: {error}", "correct its config.json") from error
-    return [PruneConfig(method="zeros", keep=patterns[text].keep, of=patterns[text].of, maps=tuple(names))
-            for text, names in tensors.items()]  # type: ignore[arg-type]
+    return [PruneConfig.model_validate({"method": "zeros", "keep": patterns[text].keep, "of": patterns[text].of,
+                                        "maps": names}) for text, names in tensors.items()]
 
 
 def check_patterns(passes: Sequence[Pass]) -> None:

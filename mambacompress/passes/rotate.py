@@ -131,7 +131,8 @@ class Rotate(Pass):
         return None
 
     def mixes(self) -> dict[str, str]:
-        config, found = self.config, {}
+        config = self.config
+        found: dict[str, str] = {}
         if config.dt != "none":
             found |= {"x_proj": "R5 mixes its dt rows", "dt_proj": "R5 mixes its input channels"}
         if config.x != "none":
