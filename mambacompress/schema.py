@@ -31,6 +31,7 @@ from mambacompress.pass_schema import (
     WeightOverride,
     Weights,
 )
+from mambacompress.training.sparse_config import SparseTraining
 
 
 class CalibrationConfig(Strict):
@@ -87,12 +88,15 @@ class ChecksConfig(Strict):
 
 
 class Recipe(Strict):
-    """A validated recipe. ``steps()`` gives the passes in order."""
+    """A validated recipe. ``steps()`` gives the passes in order. training: how its prune step is reached by training
+    first, None: in one shot.
+    """
 
     name: str = Field("custom", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     calibration: CalibrationConfig = CalibrationConfig()
     passes: tuple[Step, ...] = Field(min_length=1)
+    training: SparseTraining | None = None
     checks: ChecksConfig = ChecksConfig()
 
     @model_validator(mode="before")
@@ -132,6 +136,8 @@ class Recipe(Strict):
             self._gptq_matches()
         if "prune" in names:
             self._prune_matches()
+        elif self.training is not None:
+            raise ValueError("training needs a prune pass: it says the pattern and the tensors to train to")
         return self
 
     def _prune_matches(self) -> None:
@@ -173,6 +179,8 @@ class Recipe(Strict):
     def document(self) -> dict[str, Any]:
         """The whole recipe as plain data, every default spelled out; ``Recipe.model_validate`` takes it back."""
         plain = self.model_dump(mode="json")
+        if self.training is None:
+            del plain["training"]
         plain["passes"] = [{name: _plain(config)} for name, config in self.steps()]
         return plain
 
