@@ -11,6 +11,7 @@
 ``quantize`` (``compress``)    a recipe's passes over a model, into an artifact
 ``inspect``                    the plan of a recipe: what it would do, what it refuses and why
 ``train``                      a model from scratch, by a training recipe
+``sparsify``                   to N:M sparsity by a recipe, in one shot or by training
 ``attach``, ``Session``        fine-tune to an N:M pattern in your own loop
 ``generate``                   text or token ids, in a lean loop
 ``evaluate``                   perplexity, divergence from the original, tasks, size and speed
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from mambacompress.eval import Candidate, evaluate
     from mambacompress.pretraining import train
     from mambacompress.recipe import Recipe, load_recipe
+    from mambacompress.sparsifying import sparsify
     from mambacompress.training.session import Session, attach
 
 __version__ = "0.1.0"
@@ -53,6 +55,7 @@ _HOME = {
     **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
     **dict.fromkeys(("Candidate", "evaluate"), "eval"),
     "train": "pretraining",
+    "sparsify": "sparsifying",
     **dict.fromkeys(("Session", "attach"), "training.session"),
 }
 
@@ -72,6 +75,7 @@ __all__ = [
     "load_recipe",
     "load_tokenizer",
     "quantize",
+    "sparsify",
     "train",
     "verify",
 ]

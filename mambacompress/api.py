@@ -128,6 +128,24 @@ def quantize(
     Raises UserError for bad input, CheckFailed where the result does not pass the recipe's checks.
     """
     chosen = load_recipe(recipe, overrides)
+    if chosen.training is not None:
+        raise UserError(f"recipe {chosen.name!r} trains the model first", "use sparsify")
+    return apply_recipe(model, chosen, calibration=calibration, out=out, tokenizer=tokenizer, resume=resume,
+                        device=device, progress=progress)
+
+
+def apply_recipe(
+    model: Any,
+    chosen: Recipe,
+    *,
+    calibration: Texts | None = None,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: pipeline.Progress | None = None,
+) -> Compressed:
+    """The recipe's passes over ``model`` as it is, whatever has trained it before; see ``quantize``."""
     checkpoint, name = _source(model)
     planned_tokens = _tokens(chosen, checkpoint, calibration, tokenizer)
     temporary = None

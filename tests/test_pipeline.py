@@ -51,7 +51,7 @@ def divergence(model: Any, original: Any) -> float:
 
 
 @pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if mc.load_recipe(name).training is None])
 def test_every_recipe_makes_a_model_that_loads_and_agrees(
     recipe: str, kind: str, model_directory: Any, tmp_path: Path
 ) -> None:

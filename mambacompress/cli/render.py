@@ -89,6 +89,8 @@ def training(title: str) -> Iterator[Callable[[str, int, int, Mapping[str, float
                 before = means.get(name, figures[name])
                 means[name] = before + share * (figures[name] - before)
         shown = _training_figures(means) if figures else ""
+        if "sparsity" in figures:
+            shown += f" · {figures['sparsity']:.0%} sparse"
         bar.update(tasks[stage], completed=done, figures=shown)
         if not console.is_terminal and (done == total or time.monotonic() - spoken >= LINE_SECONDS):
             spoken = time.monotonic()

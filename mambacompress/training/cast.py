@@ -3,14 +3,14 @@
 The forward is dense throughout. Every ``interval`` steps a mask takes the largest weights; what it drops *decays*, more
 and more surely, until at the end it is as good as zero and cutting changes nothing:
 
-    α_t = t / T        μ_t = β1 μ_(t-1) + (1 - β1) g          (raw gradients only)
-    μ̃ = μ_t where kept, else (1 - α) μ_t + α λ sign(θ)         never written back into μ
+    a_t = t / T        μ_t = β1 μ_(t-1) + (1 - β1) g          (raw gradients only)
+    μ̃ = μ_t where kept, else (1 - a) μ_t + a λ sign(θ)         never written back into μ
     v_t = β2 v_(t-1) + (1 - β2) μ̃²                             of all weights
     θ ← θ - lr · (μ̃ / (1 - β1^t)) / (√(v_t / (1 - β2^t)) + ε)
 
 As v follows μ̃, a weight whose direction has settled moves by about lr a step: at the end a dropped weight walks
 straight to zero, whatever λ is, and stays within about the last learning rate of it. So the rate must decay, and
-Σ lr·α must exceed the weights to be decayed by far; both are checked, with a warning. Weights must be fp32: a bf16
+Σ lr·a must exceed the weights to be decayed by far; both are checked, with a warning. Weights must be fp32: a bf16
 weight of 0.05 would not notice a step of 1e-4.
 
 *Weight scaling* makes good what decay takes from a row: A [O, 2], one factor for each half of a row, 1 at first,
@@ -61,7 +61,7 @@ class ScaledLinear(SparseLinear):
 class AdamS(torch.optim.Optimizer):
     """See the module. A group with ``sparse=True`` holds weights that ``mask_of`` knows; other groups take AdamW.
 
-    total: T, the steps of the run. decay: λ. budget: Σ lr·α so far.
+    total: T, the steps of the run. decay: λ. budget: Σ lr·a so far.
     """
 
     def __init__(self, params: Iterable[Any], *, lr: float, mask_of: Callable[[Tensor], Tensor], total: int,
@@ -116,7 +116,7 @@ class AdamS(torch.optim.Optimizer):
 
 
 def decay_budget(rates: Iterable[float], total: int) -> float:
-    """Σ lr·α of a run whose learning rates are known."""
+    """Σ lr·a of a run whose learning rates are known."""
     return sum(rate * min(1.0, (t + 1) / total) for t, rate in enumerate(rates))
 
 
