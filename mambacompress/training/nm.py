@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
 
 from mambacompress.errors import UserError
@@ -79,6 +79,13 @@ class SparseLinear(nn.Linear):
         """The mask of the largest weights as they are now, placed like the weight."""
         return like(self.weight, nm_mask(local(self.weight).abs(), pattern))
 
+    def placed_mask(self) -> Tensor:
+        """The mask, placed like the weight, which may have been sharded since."""
+        if isinstance(self.weight, DTensor) and not isinstance(self.mask, DTensor):
+            self.mask = distribute_tensor(self.mask, self.weight.device_mesh, self.weight.placements,
+                                          src_data_rank=None)  # all processes hold it: nothing is sent
+        return self.mask
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.effective(), self.bias)
 
@@ -100,7 +107,7 @@ class SparseLinear(nn.Linear):
     def drop(self, mask: Tensor | None = None) -> None:
         """Write the zeros into the weight itself."""
         with torch.no_grad():
-            local(self.weight).masked_fill_(~local(self.mask if mask is None else mask), 0)
+            local(self.weight).masked_fill_(~local(self.placed_mask() if mask is None else mask), 0)
 
     def plain(self) -> nn.Linear:
         """An ``nn.Linear`` on the same parameters."""

@@ -116,7 +116,7 @@ class Session:
             split += [group | {"params": [p for p in parameters if p not in masks]},
                       group | {"params": sparse, "sparse": True, "weight_decay": 0.0}]
         self.optimizer_of_cast = AdamS([g for g in split if g["params"]], lr=lr, betas=betas, eps=eps,
-                                       weight_decay=weight_decay, mask_of=lambda p: masks[p].mask,
+                                       weight_decay=weight_decay, mask_of=lambda p: masks[p].placed_mask(),
                                        total=self.training.steps, decay=self.training.decay)
         return self.optimizer_of_cast
 
@@ -163,7 +163,7 @@ class Session:
             layer.drop()
             state = getattr(optimizer, "state", {}).get(layer.weight, {})
             if "exp_avg" in state:
-                local(state["exp_avg"]).masked_fill_(~local(layer.mask), 0)
+                local(state["exp_avg"]).masked_fill_(~local(layer.placed_mask()), 0)
 
     def _check(self) -> None:
         for path, layer in self.layers.items():
@@ -219,7 +219,7 @@ class Session:
             return 0.0
         kept, total = 0, 0
         for layer in self.layers.values():
-            mask = local(layer.mask)
+            mask = local(layer.placed_mask())
             kept, total = kept + int(mask.sum()), total + mask.numel()
         return 1 - kept / max(1, total)
 
@@ -230,7 +230,7 @@ class Session:
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: the masks and the number of steps; beside them cast's account of its decay."""
-        found = {f"mask.{path}": local(layer.mask) for path, layer in self.layers.items()}
+        found = {f"mask.{path}": local(layer.placed_mask()) for path, layer in self.layers.items()}
         found["steps"] = torch.tensor(self.step_count)
         if self.optimizer_of_cast is not None:
             found["cast"] = torch.tensor([self.optimizer_of_cast.budget, *self.optimizer_of_cast.rates],
@@ -242,9 +242,9 @@ class Session:
         """Take back what ``tensors`` gave, after the parameters. Raises UserError where it is of another session."""
         for path, layer in self.layers.items():
             mask = tensors.get(f"mask.{path}")
-            if mask is None or mask.shape != local(layer.mask).shape:
+            if mask is None or mask.shape != local(layer.placed_mask()).shape:
                 raise UserError(f"the checkpoint has no mask for {path}", "resume the run it belongs to")
-            local(layer.mask).copy_(mask)
+            local(layer.placed_mask()).copy_(mask)
             layer.decayed = False
         self.step_count = int(tensors["steps"])
         self.phase = phase(self.training, self.patterns, self.step_count)
