@@ -9,6 +9,7 @@
 
 ``load``, ``load_tokenizer``   a model, float or compressed, and its tokenizer
 ``quantize`` (``compress``)    a recipe's passes over a model, into an artifact
+``save``                       a float model, trained since it was loaded, as an ordinary directory
 ``inspect``                    the plan of a recipe: what it would do, what it refuses and why
 ``train``                      a model from scratch, by a training recipe
 ``sparsify``                   to N:M sparsity by a recipe, in one shot or by training
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         load,
         load_tokenizer,
         quantize,
+        save,
         verify,
     )
     from mambacompress.errors import CheckFailed, UserError
@@ -49,7 +51,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     **dict.fromkeys(
-        ("Compressed", "compress", "generate", "inspect", "load", "load_tokenizer", "quantize", "verify"), "api"
+        ("Compressed", "compress", "generate", "inspect", "load", "load_tokenizer", "quantize", "save", "verify"),
+        "api",
     ),
     **dict.fromkeys(("CheckFailed", "UserError"), "errors"),
     **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
@@ -75,6 +78,7 @@ __all__ = [
     "load_recipe",
     "load_tokenizer",
     "quantize",
+    "save",
     "sparsify",
     "train",
     "verify",

@@ -45,6 +45,7 @@ from mambacompress.nm import Pattern, excess
 from mambacompress.passes.patterns import ATTRIBUTE
 from mambacompress.recipe import Recipe, load_recipe
 from mambacompress.training.cast import AdamS, ScaledLinear, budget_warning, divergence, rate_warning
+from mambacompress.training.lora import AdaptedLinear, adapted
 from mambacompress.training.nm import Flow, SparseLinear, local
 from mambacompress.training.sparse_config import Phase, SparseTraining, phase, required_steps, stages
 
@@ -77,19 +78,25 @@ class Session:
         _refuse_wrapped(model)
         self.model, self.training, self.pattern, self.maps = model, training, pattern, tuple(maps)
         self.step_count, self.open = 0, False
-        found = _linears(adopt(model), self.maps, pattern)
-        self.layers: dict[str, SparseLinear] = {}
-        self.patterns = stages(training, pattern, math.gcd(*(linear.in_features for linear in found.values())))
+        host = model.get_base_model() if hasattr(model, "get_base_model") else model
+        found = _linears(adopt(host), self.maps, pattern)
+        self.host, self.layers = host, dict[str, SparseLinear | AdaptedLinear]()
+        self.fixed = any(map(adapted, found.values())) or not any(m.weight.requires_grad for m in found.values())
+        if self.fixed and self._is("cast"):
+            raise UserError("cast decays weights, and those of this model are frozen: with LoRA they do not move",
+                            "use another method")
+        self.patterns = stages(training, pattern, math.gcd(*(module.in_features for module in found.values())))
         self.teacher = copy.deepcopy(model).eval().requires_grad_(False) if self._is("cast") else None
         self.flow = Flow(decay=training.decay if self._is("sr-ste") else 0.0, dense=self._is("cast", "dense"))
         self.optimizer_of_cast: AdamS | None = None
         kind = ScaledLinear if self._is("cast") else SparseLinear
         self.phase = Phase(pattern)
         for path, linear in found.items():
-            layer = kind(linear, self.flow, self.patterns[0])
-            set_module(model, path, layer)
+            layer = (AdaptedLinear(linear, pattern, path) if adapted(linear) else
+                     kind(linear, self.flow, self.patterns[0]))
+            set_module(host, path, layer)
             self.layers[path] = layer
-        self._enter(phase(training, self.patterns, 0))
+        self._enter(self._phase(0))
 
     def __enter__(self) -> Session:
         self.open = True
@@ -142,7 +149,10 @@ class Session:
         self.step_count += 1
         if was.frozen:
             self._undo(optimizer)
-        self._enter(phase(self.training, self.patterns, self.step_count))
+        self._enter(self._phase(self.step_count))
+
+    def _phase(self, step: int) -> Phase:
+        return Phase(self.pattern, frozen=True) if self.fixed else phase(self.training, self.patterns, step)
 
     def _enter(self, now: Phase) -> None:
         """Refresh the masks for the phase of the next step."""
@@ -162,7 +172,7 @@ class Session:
         for layer in () if self.flow.dense else self.layers.values():
             layer.drop()
             state = getattr(optimizer, "state", {}).get(layer.weight, {})
-            if "exp_avg" in state:
+            if "exp_avg" in state and isinstance(layer, SparseLinear):
                 local(state["exp_avg"]).masked_fill_(~local(layer.placed_mask()), 0)
 
     def _check(self) -> None:
@@ -188,7 +198,9 @@ class Session:
             for layer in self.layers.values():
                 frozen = self.phase.frozen and not self.flow.dense
                 layer.drop(None if frozen else layer.best_mask(self.pattern))
-            setattr(self.model.config, ATTRIBUTE, dict.fromkeys(self.maps, str(self.pattern)))
+                if isinstance(layer, AdaptedLinear):
+                    layer.fold()
+            setattr(self.host.config, ATTRIBUTE, dict.fromkeys(self.maps, str(self.pattern)))
             wrong = [path for path, layer in self.layers.items() if excess(local(layer.weight), self.pattern)]
             if wrong:
                 raise RuntimeError(f"{wrong[0]} is not {self.pattern} after its session")
@@ -198,7 +210,7 @@ class Session:
         self.flow.dense, self.open, self.teacher = True, False, None
         for path, layer in self.layers.items():
             if not isinstance(layer.weight, DTensor):  # a sharded model holds on to its modules
-                set_module(self.model, path, layer.plain())
+                set_module(self.host, path, layer.plain())
         self.layers = {}
 
     def _warn(self) -> None:
@@ -247,7 +259,7 @@ class Session:
             local(layer.placed_mask()).copy_(mask)
             layer.decayed = False
         self.step_count = int(tensors["steps"])
-        self.phase = phase(self.training, self.patterns, self.step_count)
+        self.phase = self._phase(self.step_count)
         self.flow.beta, self.flow.frozen = self.phase.beta, self.phase.frozen
         if self.optimizer_of_cast is not None and "cast" in tensors:
             self.optimizer_of_cast.budget, largest, last = tensors["cast"].tolist()
@@ -257,9 +269,11 @@ class Session:
         return self.training.method in methods
 
 
-def _linears(model_map: ModelMap, maps: Sequence[str], pattern: Pattern) -> dict[str, nn.Linear]:
-    """Path in the model -> linear, of every matrix named in ``maps``; raises UserError for what cannot train sparse."""
-    found: dict[str, nn.Linear] = {}
+def _linears(model_map: ModelMap, maps: Sequence[str], pattern: Pattern) -> dict[str, Any]:
+    """Path in the model -> linear (or what peft made of it), of every matrix named in ``maps``; raises UserError for
+    what cannot train sparse.
+    """
+    found: dict[str, Any] = {}
     for block in model_map.blocks:
         for path, sites in block.matrices().items():
             if sites[0].tensor not in maps:
@@ -268,8 +282,12 @@ def _linears(model_map: ModelMap, maps: Sequence[str], pattern: Pattern) -> dict
             where = f"block {block.index} {sites[0].tensor}"
             if isinstance(module, PACKED):
                 raise UserError(f"{where} is packed: integer codes have no gradient", "train the float model")
-            if isinstance(module, SparseLinear):
+            if isinstance(module, SparseLinear | AdaptedLinear):
                 raise UserError(f"{where} is in a session already", "leave that one first")
+            if adapted(module):
+                pattern.check(module.in_features, where)  # type: ignore[arg-type]
+                found[f"{block.path}.{path}"] = module
+                continue
             if not isinstance(module, nn.Linear):
                 raise UserError(f"{where} is a {type(module).__name__}, not a linear", "merge or remove what wraps it")
             if isinstance(module.weight, DTensor):
