@@ -50,7 +50,8 @@ def sparsify(
     model: a directory, hub name, ``demo``, or a model in memory (read, never changed). texts: calibration text, or
     token ids [S, L]; of a recipe that trains, its training text, or one row of token ids [n], which must be given. out:
     the artifact directory; a temporary one where None. resume: go on where the run into ``out`` stopped. progress: told
-    (stage, done, total, figures); figures of training are loss, sparsity and tokens_per_second.
+    (stage, done, total, figures), stages being training, sweep and blocks; figures of training are loss,
+    sparsity and tokens_per_second.
 
     Under torchrun or ``accelerate launch`` all processes call this; the first one writes. Raises UserError for bad
     input, CheckFailed where the result does not pass the recipe's checks.
@@ -62,7 +63,7 @@ def sparsify(
     told = progress or (lambda stage, done, total, figures: None)
 
     def stages(stage: str, done: int, total: int) -> None:
-        told(stage, done, total, {})
+        told("sweep" if stage == "sweep" else "blocks", done, total, {})
 
     if chosen.training is None:
         return api.quantize(model, chosen, calibration=texts, out=out, tokenizer=tokenizer, resume=resume,

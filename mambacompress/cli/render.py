@@ -79,9 +79,11 @@ def training(title: str) -> Iterator[Callable[[str, int, int, Mapping[str, float
     def update(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         nonlocal spoken
         if stage not in tasks:
+            first = not tasks
             for other in tasks.values():
                 bar.remove_task(other)
-            tasks[stage] = bar.add_task(title if not tasks else stage, total=total, figures="")
+            tasks.clear()
+            tasks[stage] = bar.add_task(title if first else stage, total=total, figures="")
             if console.is_terminal:
                 bar.start()
         for name, share in (("loss", 0.02), ("tokens_per_second", 0.1)):
