@@ -13,6 +13,7 @@
 ``inspect``                    the plan of a recipe: what it would do, what it refuses and why
 ``train``                      a model from scratch, by a training recipe
 ``sparsify``                   to N:M sparsity by a recipe, in one shot or by training
+``soup``                       the same in phases, each the average of retrained replicas
 ``attach``, ``Session``        fine-tune to an N:M pattern in your own loop
 ``generate``                   text or token ids, in a lean loop
 ``evaluate``                   perplexity, divergence from the original, tasks, size and speed
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from mambacompress.eval import Candidate, evaluate
     from mambacompress.pretraining import train
     from mambacompress.recipe import Recipe, load_recipe
+    from mambacompress.souping import soup
     from mambacompress.sparsifying import sparsify
     from mambacompress.training.session import Session, attach
 
@@ -58,6 +60,7 @@ _HOME = {
     **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
     **dict.fromkeys(("Candidate", "evaluate"), "eval"),
     "train": "pretraining",
+    "soup": "souping",
     "sparsify": "sparsifying",
     **dict.fromkeys(("Session", "attach"), "training.session"),
 }
@@ -79,6 +82,7 @@ __all__ = [
     "load_tokenizer",
     "quantize",
     "save",
+    "soup",
     "sparsify",
     "train",
     "verify",

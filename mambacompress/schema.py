@@ -31,7 +31,7 @@ from mambacompress.pass_schema import (
     WeightOverride,
     Weights,
 )
-from mambacompress.training.sparse_config import SparseTraining
+from mambacompress.training.sparse_config import SoupConfig, SparseTraining
 
 
 class CalibrationConfig(Strict):
@@ -97,6 +97,7 @@ class Recipe(Strict):
     calibration: CalibrationConfig = CalibrationConfig()
     passes: tuple[Step, ...] = Field(min_length=1)
     training: SparseTraining | None = None
+    soup: SoupConfig | None = None
     checks: ChecksConfig = ChecksConfig()
 
     @model_validator(mode="before")
@@ -138,6 +139,8 @@ class Recipe(Strict):
             self._prune_matches()
         elif self.training is not None:
             raise ValueError("training needs a prune pass: it says the pattern and the tensors to train to")
+        if self.soup is not None and self.training is None:
+            raise ValueError("soup needs a training section: it says how a replica is retrained")
         return self
 
     def _prune_matches(self) -> None:
@@ -179,8 +182,9 @@ class Recipe(Strict):
     def document(self) -> dict[str, Any]:
         """The whole recipe as plain data, every default spelled out; ``Recipe.model_validate`` takes it back."""
         plain = self.model_dump(mode="json")
-        if self.training is None:
-            del plain["training"]
+        for section in ("training", "soup"):
+            if getattr(self, section) is None:
+                del plain[section]
         plain["passes"] = [{name: _plain(config)} for name, config in self.steps()]
         return plain
 

@@ -60,6 +60,8 @@ def sparsify(
     if not any(step.prune for step in chosen.passes):
         raise UserError(f"recipe {chosen.name!r} has no prune step: it leaves the model dense",
                         "name one that has, as nm-2of4, or use quantize")
+    if chosen.soup is not None:
+        raise UserError(f"recipe {chosen.name!r} averages replicas", "use soup")
     told = progress or (lambda stage, done, total, figures: None)
 
     def stages(stage: str, done: int, total: int) -> None:
@@ -79,12 +81,11 @@ def sparsify(
     if not resume:
         lm.refuse_existing(work)
     process = processes()
-    tokenizer = api.load_tokenizer(model if tokenizer is None else tokenizer) if not _is_tokenizer(tokenizer) else (
-        tokenizer)
+    tokenizer = tokenizer_of(model, tokenizer)
     host = api.load(model) if isinstance(model, str | Path) else copy.deepcopy(model)
     _train(host, _row(texts, tokenizer), chosen, work, resume, told)
     if process.is_main_process:
-        api.apply_recipe(host, _packing(chosen), tokenizer=tokenizer, out=target, device=device, progress=stages,
+        api.apply_recipe(host, packing(chosen), tokenizer=tokenizer, out=target, device=device, progress=stages,
                          resume=resume)
         restore(copy.deepcopy(host)).save_pretrained(work / "model")
         tokenizer.save_pretrained(work / "model")
@@ -104,7 +105,7 @@ def _train(host: Any, tokens: Tensor, recipe: Recipe, work: Path, resume: bool, 
     host.eval()
 
 
-def _packing(recipe: Recipe) -> Recipe:
+def packing(recipe: Recipe) -> Recipe:
     """The recipe as the pipeline takes it: the masks are where the weights are zero."""
     steps = [step if step.prune is None else
              Step.model_validate({"prune": step.prune.model_dump() | {"method": "zeros", "round": "none"}})
@@ -119,8 +120,11 @@ def _row(texts: Texts | None, tokenizer: Any) -> Tensor:
         tokenizer, [texts] if isinstance(texts, str) else texts)
 
 
-def _is_tokenizer(tokenizer: Any) -> bool:
-    return tokenizer is not None and not isinstance(tokenizer, str | Path)
+def tokenizer_of(model: Any, tokenizer: Any) -> Any:
+    """The tokenizer that was given, of the directory that was, or of the model."""
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        return api.load_tokenizer(model if tokenizer is None else tokenizer)
+    return tokenizer
 
 
-__all__ = ["sparsify"]
+__all__ = ["packing", "sparsify", "tokenizer_of"]

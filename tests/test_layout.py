@@ -28,7 +28,7 @@ LEVELS = (
     ("hf", "export"),
     ("api",),
     ("eval", "bench"),
-    ("pretraining", "sparsifying"),
+    ("pretraining", "sparsifying", "souping"),
     ("__init__", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -18,6 +18,7 @@ from mambacompress.cli import (
     inspect,
     quantize,
     report,
+    soup,
     sparsify,
     train,
     verify,
@@ -51,6 +52,7 @@ def options(
 
 app.command("quantize", cls=Greedy)(quantize.quantize)
 app.command("sparsify", cls=Greedy)(sparsify.sparsify)
+app.command("soup", cls=Greedy)(soup.soup)
 app.command("inspect", cls=Command)(inspect.inspect)
 app.command("evaluate", cls=Greedy)(evaluate.evaluate)
 app.command("bench", cls=Command)(bench.bench)

@@ -71,9 +71,12 @@ def attach(model: Any, recipe: str | Path | Mapping[str, Any] | Recipe = "nm-2of
 
 
 class Session:
-    """See the module. step_count: optimizer steps done. layers: path -> the linear that trains sparse."""
+    """See the module. step_count: optimizer steps done. layers: path -> the linear that trains sparse. fixed: the masks
+    are those of the first step, and frozen, whatever the method.
+    """
 
-    def __init__(self, model: Any, training: SparseTraining, pattern: Pattern, maps: Sequence[str]) -> None:
+    def __init__(self, model: Any, training: SparseTraining, pattern: Pattern, maps: Sequence[str], *,
+                 fixed: bool = False) -> None:
         required_steps(training)
         _refuse_wrapped(model)
         self.model, self.training, self.pattern, self.maps = model, training, pattern, tuple(maps)
@@ -81,7 +84,8 @@ class Session:
         host = model.get_base_model() if hasattr(model, "get_base_model") else model
         found = _linears(adopt(host), self.maps, pattern)
         self.host, self.layers = host, dict[str, SparseLinear | AdaptedLinear]()
-        self.fixed = any(map(adapted, found.values())) or not any(m.weight.requires_grad for m in found.values())
+        frozen = not any(module.weight.requires_grad for module in found.values())
+        self.fixed = fixed or frozen or any(map(adapted, found.values()))
         if self.fixed and self._is("cast"):
             raise UserError("cast decays weights, and those of this model are frozen: with LoRA they do not move",
                             "use another method")
@@ -238,7 +242,7 @@ class Session:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with this one."""
         return {"training": self.training.model_dump(mode="json"), "pattern": str(self.pattern),
-                "maps": list(self.maps)}
+                "maps": list(self.maps), "fixed": self.fixed}
 
     def tensors(self) -> dict[str, Tensor]:
         """For a checkpoint: the masks and the number of steps; beside them cast's account of its decay."""

@@ -17,6 +17,7 @@ and the mask is fixed from there on (``freeze`` says otherwise). Asked for in th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -79,6 +80,38 @@ class SparseTraining(Strict):
         return SparseTraining.model_validate(self.model_dump() | changes)
 
 
+class SoupConfig(Strict):
+    """replicas: of each phase. vary: the one factor that differs; values: what it takes, one a replica (None: seeds
+    count up, the others are scaled around the recipe's). average: how they are mixed. baseline: also train one replica
+    as many times as long, to compare with.
+    """
+
+    replicas: PositiveInt = 3
+    vary: Literal["seed", "weight_decay", "steps", "learning_rate"] = "seed"
+    values: tuple[float, ...] | None = Field(None, min_length=1)
+    average: Literal["uniform", "greedy"] = "uniform"
+    baseline: bool = True
+
+    @model_validator(mode="after")
+    def _legal(self) -> SoupConfig:
+        if self.values is not None and len(self.values) != self.replicas:
+            raise ValueError(f"{len(self.values)} values do not make {self.replicas} replicas")
+        return self
+
+    def variants(self, training: SparseTraining) -> list[SparseTraining]:
+        """The training of each replica."""
+        own = getattr(training, self.vary)
+        if self.values is not None:
+            values: Sequence[float] = self.values
+        elif self.vary == "seed":
+            values = [own + i for i in range(self.replicas)]
+        else:  # a factor of two between the least and the most
+            count = max(1, self.replicas - 1)
+            values = [own * 2 ** (i / count - 0.5) for i in range(self.replicas)]
+        whole = self.vary in ("seed", "steps")
+        return [training.changed(**{self.vary: round(value) if whole else value}) for value in values]
+
+
 @dataclass(frozen=True)
 class Phase:
     """What the weights look like at one step. pattern: of the masks. beta: what pruned weights are multiplied by.
@@ -130,4 +163,4 @@ def required_steps(training: SparseTraining) -> None:
                         "say steps= where the session begins")
 
 
-__all__ = ["METHODS", "Method", "Phase", "SparseTraining", "phase", "required_steps", "stages"]
+__all__ = ["METHODS", "Method", "Phase", "SoupConfig", "SparseTraining", "phase", "required_steps", "stages"]
