@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def load_images(name: str, folder: str | Path) -> ImageData:
     Raises UserError for an unknown name, and for files that are missing, damaged or of another layout.
     """
     if name not in FILES:
-        raise UserError(f"there is no image data {name!r}{did_you_mean(name, FILES)}", f"name one of {', '.join(FILES)}")
+        raise UserError(f"there is no image data {name!r}{did_you_mean(name, FILES)}",
+                        f"name one of {', '.join(FILES)}")
     folder = Path(folder).expanduser()
     if "{}" in FILES[name]:
         return ImageData(name, *(_jpegs(folder / FILES[name].format(split)) for split in ("train", "test")))
@@ -126,7 +128,7 @@ def _jpegs(path: Path) -> Images:
     whole, offset = arrays["jpeg"].tobytes(), arrays["offset"]
     try:
         decoded = [np.asarray(Image.open(io.BytesIO(whole[a:b])).convert("RGB"))
-                   for a, b in zip(offset[:-1], offset[1:], strict=True)]
+                   for a, b in pairwise(offset)]
     except OSError as error:
         raise UserError(f"{path} holds a damaged image: {error}", "copy the file again") from error
     return _images(np.stack(decoded), arrays["label"], path)

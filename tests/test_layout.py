@@ -22,13 +22,13 @@ PACKAGE = REPOSITORY / "mambacompress"
 LEVELS = (
     ("errors", "numerics", "kernels"),
     ("models",),
-    ("schema", "recipe", "data", "passes", "training", "demo"),
+    ("schema", "recipe", "data", "images", "distill_recipe", "passes", "training", "demo"),
     ("storage", "calibration", "card", "workdir", "artifact"),
     ("pipeline",),
     ("hf", "export"),
     ("api",),
     ("eval", "bench"),
-    ("pretraining",),
+    ("pretraining", "distilling"),
     ("__init__", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

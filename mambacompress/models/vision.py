@@ -1,6 +1,7 @@
 """Small vision Mambas on our own mixers: patches -> blocks of S6Mixer over a grid -> mean of the tokens -> classes.
 
-    stem (patch embedding, or two strided convolutions) + positions -> depth x [x + mixer(norm(x))] -> norm -> mean -> head
+    stem (patch embedding, or strided convolutions) + positions -> depth x [x + mixer(norm(x))] -> norm -> mean
+    -> head
 
 A block scans its grid in one or several orders (``models.orders``), and ``orders`` is repeated over the blocks: one
 tuple of two is Vim's bi-directional block (arXiv 2401.09417), four tuples of one turn the scan from block to block at
@@ -100,7 +101,8 @@ class VisionBlock(nn.Module):
         paths = [Path(E, shape.states, SelectiveProjection(E, shape.states, shape.rank), order=Order(name),
                       window=shape.window) for name in orders]
         self.norm = RMSNorm(nn.Parameter(torch.ones(shape.width)), EPS)
-        self.mixer = S6Mixer(shape.width, E, paths, conv=conv, merge=Merge("mean"), gate=Gate(E) if shape.gate else None)
+        self.mixer = S6Mixer(shape.width, E, paths, conv=conv, merge=Merge("mean"),
+                             gate=Gate(E) if shape.gate else None)
 
     def forward(self, h_BLD: Tensor, grid: tuple[int, int]) -> Tensor:
         return h_BLD + self.mixer.mix(self.norm(h_BLD), grid=grid)[0]
