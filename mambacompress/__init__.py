@@ -11,6 +11,7 @@
 ``quantize`` (``compress``)    a recipe's passes over a model, into an artifact
 ``inspect``                    the plan of a recipe: what it would do, what it refuses and why
 ``train``                      a model from scratch, by a training recipe
+``distill``                    a loss between a student and its teacher, for any training loop
 ``generate``                   text or token ids, in a lean loop
 ``evaluate``                   perplexity, divergence from the original, tasks, size and speed
 ``verify``                     an artifact against its own manifest
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from mambacompress.eval import Candidate, evaluate
     from mambacompress.pretraining import train
     from mambacompress.recipe import Recipe, load_recipe
+    from mambacompress.training.distill import distill
 
 __version__ = "0.1.0"
 
@@ -51,6 +53,7 @@ _HOME = {
     **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
     **dict.fromkeys(("Candidate", "evaluate"), "eval"),
     "train": "pretraining",
+    "distill": "training.distill",
 }
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
     "Recipe",
     "UserError",
     "compress",
+    "distill",
     "evaluate",
     "generate",
     "inspect",
