@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from mambacompress.errors import UserError, did_you_mean
+from mambacompress.schema import QuantizeConfig
 from mambacompress.training.config import SETTINGS, TrainConfig
 
 FOLDER = Path(__file__).parent / "recipes" / "distill"
@@ -103,13 +104,16 @@ class StudentConfig(_Strict):
 
 
 class LanguageRecipe(_Strict):
-    """A student of fewer layers, started from the teacher's own, trained on text."""
+    """A student of the teacher's own layers, trained on text beside it. quantize: the format it is trained in and
+    packed to, bit for bit; None: it stays float.
+    """
 
     kind: Literal["language"]
     name: str
     description: str = ""
     student: StudentConfig = StudentConfig()
     loss: LossWeights
+    quantize: QuantizeConfig | None = None
     train: dict[str, Any]
 
 

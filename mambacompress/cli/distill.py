@@ -43,7 +43,10 @@ def distill(
 
     `mambacompress distill demo --recipe distill-half --out runs/half`
 
-    `mambacompress distill path/to/model --recipe distill-half --text train.jsonl.xz --eval-text test.txt --out runs/half`
+    `mambacompress distill DIR --recipe distill-half --text train.jsonl.xz --eval-text test.txt --out runs/half`
+
+    `mambacompress distill DIR --recipe self-w4a8 --text train.jsonl.xz --out runs/w4a8` trains a model in its 4-bit
+    format beside its float self, and packs it.
 
     `mambacompress distill --recipe pkd-mnist --images data/images --out runs/pkd-mnist` trains a teacher and seven
     students that add up, and reports operations against accuracy.
@@ -51,20 +54,29 @@ def distill(
     chosen = load_distill_recipe(recipe, settings or ())
     from mambacompress.cli import render
 
-    pictures = isinstance(chosen, ProgressiveRecipe)
-    if pictures and images is None:
-        raise UserError(f"{chosen.name} learns from images", "name their folder with --images")
-    if not pictures and model is None:
-        raise UserError(f"{chosen.name} needs a teacher", "name a model, for example demo")
     try:
         with render.training(f"distilling {chosen.name}", perplexity=False) as progress:
             if isinstance(chosen, ProgressiveRecipe):
-                from mambacompress.distilling import run_progressive
+                if images is None:
+                    raise UserError(f"{chosen.name} learns from images", "name their folder with --images")
+                from mambacompress.distilling.images import run_progressive
                 from mambacompress.images import load_images
 
-                report = run_progressive(chosen, load_images(chosen.data, images or ""), out, resume=resume,
+                report = run_progressive(chosen, load_images(chosen.data, images), out, resume=resume,
                                          progress=progress)
+            else:
+                if model is None:
+                    raise UserError(f"{chosen.name} needs a teacher", "name a model, for example demo")
+                from mambacompress.data import calibration_texts, read_texts
+                from mambacompress.distilling.language import run_language
+
+                made = run_language(chosen, model, out, texts=read_texts(text) if text else calibration_texts("demo"),
+                                    eval_texts=read_texts(eval_text) if eval_text else None, resume=resume,
+                                    progress=progress)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted, and {out} keeps what was trained so far",
                           "run the same command with --resume to go on") from None
-    render.chain(report, out)
+    if isinstance(chosen, ProgressiveRecipe):
+        render.chain(report, out)
+    elif made.first:
+        render.distilled(made, out)

@@ -17,6 +17,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from mambacompress.api import Compressed
     from mambacompress.bench import Result
+    from mambacompress.distilling.language import Distilled
     from mambacompress.eval.progressive import ProgressiveReport
     from mambacompress.kernels.registry import CheckResult
     from mambacompress.passes.base import Plan
@@ -229,6 +230,16 @@ def chain(report: ProgressiveReport, out: Path) -> None:
     console = _console()
     console.print(table)
     console.print(Text(f"report: {out / 'progressive.html'}"))
+
+
+def distilled(made: Distilled, out: Path) -> None:
+    """The end of a distillation on text: where the student is, how near it came, what to do next."""
+    console = _console()
+    console.print(Text(f"{made.directory}"))
+    for name, fact in made.facts.items():
+        if name == "student" or "perplexity" in name or "paired" in name:
+            console.print(Text(f"{name}: {fact}"))
+    console.print(Text(f"loss curve: {out / 'training.html'}"))
 
 
 def checks(results: Iterable[CheckResult]) -> None:

@@ -70,10 +70,14 @@ class _Packed(torch.autograd.Function):
 class FakeQuantLinear(nn.Module):
     """A linear that computes as it will be packed. weight: [O, I], bias: [O] or None, the very parameters given."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, weights: WeightFormat,
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, weights: WeightFormat,
                  activations: ActivationFormat) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.register_parameter("weight", weight)  # type: ignore[arg-type]
+        self.register_parameter("bias", bias)  # type: ignore[arg-type]
         self.weights, self.activations = weights, activations
         self.out_features, self.in_features = weight.shape
 

@@ -218,7 +218,8 @@ def hosts() -> tuple[Any, Any]:
     for depth in (4, 2):
         torch.manual_seed(depth)
         config = transformers.MambaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=depth,
-                                          state_size=4, time_step_rank=2, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+                                          state_size=4, time_step_rank=2, pad_token_id=0, bos_token_id=0,
+                                          eos_token_id=0)
         model = transformers.MambaForCausalLM(config).eval()
         adopt(model)
         made.append(model)

@@ -65,7 +65,8 @@ def test_golden_numbers():
        st.floats(0.3, 5))
 def test_divergences_have_their_bounds(s: list[float], t: list[float], temperature: float):
     student, teacher = torch.tensor([s]).double(), torch.tensor([t]).double()
-    values = {kind: row_losses(kind, student, teacher, None, temperature).item() for kind in ("kl", "reverse-kl", "jsd")}
+    values = {kind: row_losses(kind, student, teacher, None, temperature).item()
+              for kind in ("kl", "reverse-kl", "jsd")}
     assert all(math.isfinite(value) and value >= -1e-9 for value in values.values())
     assert values["jsd"] <= temperature**2 * math.log(2) + 1e-9
     assert row_losses("kl", teacher, teacher, None, temperature).item() == pytest.approx(0, abs=1e-12)

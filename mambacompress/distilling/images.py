@@ -1,4 +1,4 @@
-"""``distill`` as a command does it: a recipe, data and a directory in; trained students and a report out.
+"""A progressive recipe from data to report: teacher, chain, single student, one after the other.
 
 ``run_progressive`` trains the teacher of a progressive recipe and its chain, one model after the other. In ``out``: a
 folder a model with its checkpoint and log, ``models/`` (weights and shapes), ``progressive.json``, ``.md``, ``.html``.
