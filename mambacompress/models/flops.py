@@ -8,7 +8,9 @@ softplus, division and root. The same counter serves teachers and students. For 
     scan         E (7 N + 1): dt u; and a state dt A, exp, (dt u) B, a h, + drive, C h, their sum
                  + 2 E for softplus(dt + bias), 2 E for D u
     SiLU         2 (sigmoid, product);  gate 3;  RMS norm 4 D + 3
-    merge        E a further path, E for the mean's division
+    merge        E a further path, E for the mean's division;  mean of the tokens L D + D
+
+What depends on no image (A = -exp(A_log)) is not counted, what a border adds as zeros is.
 
 Legend: L tokens, D width, E inner width, N states.
 """
@@ -62,7 +64,7 @@ def vision_flops(model: VisionMamba) -> Flops:
         rest += L * E * (len(paths) - 1 + (len(paths) > 1))  # merge
         rest += 3 * L * E if mixer.gate is not None else 0
         rest += L * (_norm(shape.width) + shape.width)  # norm and residual
-    rest += L * _norm(shape.width) + L * shape.width + _linear(model.head)  # last norm, mean, head
+    rest += L * _norm(shape.width) + (L + 1) * shape.width + _linear(model.head)  # last norm, mean, head
     return Flops(_stem(model), matrices, convolutions, scans, rest)
 
 
@@ -72,7 +74,7 @@ def _linear(module: nn.Module) -> int:
 
 
 def _norm(width: int) -> int:
-    """Squares, their sum, the mean, + eps, the reciprocal root (two), times it, times the weight."""
+    """Squares, their sum, its mean, + eps, the reciprocal root, times it, times the weight."""
     return 4 * width + 3
 
 
