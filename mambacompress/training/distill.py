@@ -27,9 +27,11 @@ from torch import Tensor, nn
 
 from mambacompress.errors import UserError, did_you_mean
 from mambacompress.models.lm import LanguageModel
+from mambacompress.models.matrices import ssd_matrix
+from mambacompress.models.mixers import SSDMixer
 from mambacompress.training.losses import KINDS, relative_error, row_losses
 
-LAYERS = "layers"
+LAYERS, MATRICES = "layers", "matrices"
 MATCHES = ("hidden", "mixer")
 IGNORED = -100  # a label that counts nothing
 PADDING = 256  # how much wider than the other a vocabulary may be and still be the same one, padded
@@ -53,13 +55,15 @@ def distill(student: nn.Module, teacher: nn.Module, loss: str | Mapping[str, flo
     """The loss of ``student`` beside ``teacher``, as a module: call it with a batch, get a scalar.
 
     student, teacher: language models (``model(input_ids=..., use_cache=False).logits``) or classifiers (``model(x)``
-    gives logits). loss: one of ce, hard, kl, reverse-kl, jsd, mse (``training.losses``) and ``layers``, or several with
-    a weight each. temperature: of kl, reverse-kl and jsd; they are multiplied by its square.
+    gives logits). loss: one of ce, hard, kl, reverse-kl, jsd, mse (``training.losses``), ``layers`` and ``matrices``,
+    or several with a weight each. temperature: of kl, reverse-kl and jsd; they are multiplied by its square.
 
     ``layers`` is the relative squared error of every layer: of the residual behind it (match ``hidden``) or of what its
     mixer adds (``mixer``). layers: which student layer learns from which teacher layer, by index or as modules; the
     last of every equal share of the teacher's where None. teacher_inputs: each student layer is run on the *teacher's*
-    input to its layer, so that errors do not add up on the way. vocabulary: how many logits are real.
+    input to its layer, so that errors do not add up on the way. ``matrices`` compares, row by row, what a Mamba-2 mixer
+    multiplies a short sequence with (``models.matrices``) with its teacher's, a mixer or an attention map. vocabulary:
+    how many logits are real.
 
     Raises UserError for an unknown loss or match, a weight that is negative or all zero, and for a student that is its
     own teacher.
@@ -76,7 +80,7 @@ class Distiller(nn.Module):
                  match: str, teacher_inputs: bool, layers: Sequence[tuple[Any, Any]] | None,
                  vocabulary: int | None) -> None:
         super().__init__()
-        known = (*KINDS, LAYERS)
+        known = (*KINDS, LAYERS, MATRICES)
         for name, weight in weights.items():
             if name not in known:
                 raise UserError(f"there is no loss {name!r}{did_you_mean(name, known)}",
@@ -97,7 +101,7 @@ class Distiller(nn.Module):
         self._teacher = (teacher.eval(),)  # in a tuple: no submodule, its parameters are not those of this module
         self.temperature, self.match, self.teacher_inputs = temperature, match, teacher_inputs
         self.vocabulary = vocabulary
-        self.pairs = self._pairs(layers) if LAYERS in self.weights else []
+        self.pairs = self._pairs(layers) if {LAYERS, MATRICES} & set(self.weights) else []
         self.parts: dict[str, Tensor] = {}
 
     @property
@@ -119,7 +123,7 @@ class Distiller(nn.Module):
             raise UserError("there is no token to learn from in this batch", "give longer or less padded sequences")
         wanted = {"attention_mask": attention_mask} if text and attention_mask is not None else {}
         teacher, student = self.teacher, self.student
-        needs_logits = any(name != LAYERS for name in self.weights)
+        needs_logits = any(name in KINDS for name in self.weights)
         with ExitStack() as stack:
             seen_t = stack.enter_context(_watched([t for _, t in self.pairs]))
             with torch.no_grad():
@@ -128,20 +132,27 @@ class Distiller(nn.Module):
             seen_t.check("teacher")
         own_inputs = bool(self.pairs) and not self.teacher_inputs
         student_logits = None
-        outputs: list[Tensor] = []
+        outputs, calls = list[Any](), seen_t.calls
         if needs_logits or own_inputs:
             with _watched([s for s, _ in self.pairs] if own_inputs else []) as seen_s:
                 student_logits = _logits(student, inputs, text, wanted)
                 seen_s.check("student")
-                outputs = seen_s.outputs
-        if self.pairs and self.teacher_inputs:
-            outputs = [_first(module(*args, **kwargs))
-                       for (module, _), (args, kwargs) in zip(self.pairs, seen_t.calls, strict=True)]
+                if own_inputs:
+                    outputs, calls = seen_s.outputs, seen_s.calls
+        if LAYERS in self.weights and self.teacher_inputs:
+            outputs = [module(*args, **kwargs) for (module, _), (args, kwargs) in zip(self.pairs, calls, strict=True)]
         self.parts = {}
         if needs_logits and student_logits is not None:
             self._logit_losses(student_logits, teacher_logits, inputs, attention_mask, labels, counts.predicted, text)
-        if self.pairs:
-            self._layer_losses(outputs, seen_t.outputs, attention_mask, counts.seen)
+        if LAYERS in self.weights:
+            wanted_outputs = [_first(output) for output in seen_t.outputs]
+            self._compare(LAYERS, list(map(_first, outputs)), wanted_outputs, attention_mask, counts.seen)
+        if MATRICES in self.weights:
+            with torch.no_grad():
+                maps = [_map(t, call, output) for (_, t), call, output in
+                        zip(self.pairs, seen_t.calls, seen_t.outputs, strict=True)]
+            own = [_map(s, call, None) for (s, _), call in zip(self.pairs, calls, strict=True)]
+            self._compare(MATRICES, own, maps, attention_mask, counts.seen)
         total = sum((weight * self.parts[name] for name, weight in self.weights.items()),
                     start=torch.zeros((), device=inputs.device))
         self.parts = {name: part.detach() for name, part in self.parts.items()}
@@ -167,21 +178,24 @@ class Distiller(nn.Module):
             raise UserError(f"the label {int(targets.max())} lies outside the {width:,} logits", "check the vocabulary")
         student_MV, teacher_MV = student[..., :width], teacher[..., :width]
         for name in self.weights:
-            if name != LAYERS:
+            if name in KINDS:
                 if name == "ce" and targets is None:
                     raise UserError("the loss ce needs labels", "pass labels=")
                 rows_M = row_losses(name, student_MV, teacher_MV, targets, self.temperature)
                 self.parts[name] = rows_M.sum() / count
 
-    def _layer_losses(self, student: list[Tensor], teacher: list[Tensor], mask: Tensor | None, count: int) -> None:
-        total = torch.zeros(())
+    def _compare(self, name: str, student: list[Tensor], teacher: list[Tensor], mask: Tensor | None,
+                 count: int) -> None:
+        """The relative error of outputs [B, L, D] or matrices [B, H, L, L]: a mean over tokens, layers and heads."""
+        total = torch.zeros((), device=teacher[0].device)
         for own, wanted in zip(student, teacher, strict=True):
             if own.shape != wanted.shape:
                 raise UserError(f"a student's layer gives {list(own.shape)}, its teacher's {list(wanted.shape)}",
-                                "match layers of one width, or leave the loss out")
-            rows = relative_error(own, wanted)  # [B, L]
-            total = total.to(rows.device) + (rows if mask is None else rows[mask != 0]).sum()
-        self.parts[LAYERS] = total / (count * len(student))
+                                f"match layers of one width and head count, or leave {name} out")
+            rows = relative_error(own, wanted)  # [B, L] or [B, H, L]
+            rows = rows.mean(1) if rows.dim() == 3 else rows
+            total = total + (rows if mask is None else rows[mask != 0]).sum()
+        self.parts[name] = total / (count * len(student))
 
     def _width(self, student: int, teacher: int) -> int:
         if self.vocabulary is not None:
@@ -197,7 +211,8 @@ class Distiller(nn.Module):
     def _pairs(self, layers: Sequence[tuple[Any, Any]] | None) -> list[tuple[nn.Module, nn.Module]]:
         if layers is not None and layers and isinstance(layers[0][0], nn.Module):
             return list(layers)
-        own, other = ([block.mixer if self.match == "mixer" else block.module
+        whats = {self.match} | ({"mixer"} if MATRICES in self.weights else set())
+        own, other = ([block.mixer if "mixer" in whats else block.module
                        for block in LanguageModel.of(model).model_map.blocks] for model in (self.student, self.teacher))
         chosen = layers if layers is not None else layer_pairs(len(own), len(other))
         try:
@@ -236,11 +251,11 @@ class _Seen:
     """What watched modules were called with and gave, in the modules' order."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._outputs: list[list[Tensor]] = [[] for _ in modules]
+        self._outputs: list[list[Any]] = [[] for _ in modules]
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {}) for _ in modules]
 
     def saw(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._outputs[i].append(_first(output))
+        self._outputs[i].append(output)
         self._calls[i] = (args, kwargs)
 
     def check(self, whose: str) -> None:
@@ -251,7 +266,7 @@ class _Seen:
                                 "name modules that the model calls once")
 
     @property
-    def outputs(self) -> list[Tensor]:
+    def outputs(self) -> list[Any]:
         return [found[0] for found in self._outputs]
 
     @property
@@ -270,6 +285,18 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[_Seen]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _map(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> Tensor:
+    """The matrix [B, H, L, L] of a Mamba-2 mixer on the input of ``call``, or the attention map in ``output``."""
+    mixer = getattr(module, "mixer", module)
+    if isinstance(mixer, SSDMixer):
+        args, kwargs = call
+        return ssd_matrix(mixer, args[0] if args else kwargs["hidden_states"])
+    if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
+        return output[1]
+    raise UserError(f"a {type(module).__name__} shows no matrix: it is no Mamba-2 mixer, and gives no attention map",
+                    "load the teacher with attn_implementation='eager', or leave matrices out")
 
 
 def _first(output: Any) -> Tensor:
