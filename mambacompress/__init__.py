@@ -15,6 +15,7 @@
 ``sparsify``                   to N:M sparsity by a recipe, in one shot or by training
 ``soup``                       the same in phases, each the average of retrained replicas
 ``attach``, ``Session``        fine-tune to an N:M pattern in your own loop
+``distill``                    a loss between a student and its teacher, for any training loop
 ``generate``                   text or token ids, in a lean loop
 ``evaluate``                   perplexity, divergence from the original, tasks, size and speed
 ``verify``                     an artifact against its own manifest
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from mambacompress.recipe import Recipe, load_recipe
     from mambacompress.souping import soup
     from mambacompress.sparsifying import sparsify
+    from mambacompress.training.distill import distill
     from mambacompress.training.session import Session, attach
 
 __version__ = "0.1.0"
@@ -63,6 +65,7 @@ _HOME = {
     "soup": "souping",
     "sparsify": "sparsifying",
     **dict.fromkeys(("Session", "attach"), "training.session"),
+    "distill": "training.distill",
 }
 
 __all__ = [
@@ -74,6 +77,7 @@ __all__ = [
     "UserError",
     "attach",
     "compress",
+    "distill",
     "evaluate",
     "generate",
     "inspect",

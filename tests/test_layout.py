@@ -22,13 +22,13 @@ PACKAGE = REPOSITORY / "mambacompress"
 LEVELS = (
     ("errors", "nm", "numerics", "kernels"),
     ("models",),
-    ("schema", "pass_schema", "recipe", "data", "passes", "training", "demo"),
+    ("schema", "pass_schema", "recipe", "data", "images", "distill_recipe", "passes", "training", "demo"),
     ("storage", "calibration", "card", "workdir", "artifact"),
     ("pipeline",),
     ("hf", "export"),
     ("api",),
     ("eval", "bench"),
-    ("pretraining", "sparsifying", "souping"),
+    ("pretraining", "sparsifying", "souping", "distilling"),
     ("__init__", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

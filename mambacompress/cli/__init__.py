@@ -12,6 +12,7 @@ import typer
 from mambacompress.cli import (
     bench,
     demo,
+    distill,
     doctor,
     evaluate,
     generate,
@@ -57,6 +58,7 @@ app.command("inspect", cls=Command)(inspect.inspect)
 app.command("evaluate", cls=Greedy)(evaluate.evaluate)
 app.command("bench", cls=Command)(bench.bench)
 app.command("report", cls=Command)(report.report)
+app.command("distill", cls=Greedy)(distill.distill)
 app.command("train", cls=Greedy)(train.train)
 app.command("generate", cls=Command)(generate.generate)
 app.command("verify", cls=Command)(verify.verify)

@@ -81,6 +81,47 @@ def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
+Batch = Tensor | tuple[Tensor, ...]  # tensors that share their first axis
+
+
+class Source(Protocol):
+    """What a run reads, and what it learns from it. noun: what the user calls it."""
+
+    noun: str
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Whole batches, over all processes, from step ``start``; the same ones every time."""
+        ...
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """The mean over a (micro-)batch; a scalar."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find again, as JSON."""
+        ...
+
+
+class Text:
+    """Next tokens of one row of ids, int64 [n]."""
+
+    noun = "text"
+
+    def __init__(self, tokens: Tensor, config: TrainConfig, method: Method | None = None) -> None:
+        self.tokens, self.config, self.method = tokens, config, method
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        return training_batches(self.tokens, self.config.batch, self.config.length, self.config.seed, start)
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        if not isinstance(batch, Tensor):
+            raise TypeError("a batch of text is one tensor of ids")
+        return token_loss(model, batch, self.method)
+
+    def identity(self) -> dict[str, Any]:
+        return {"tokens": hashlib.sha256(self.tokens.cpu().numpy().tobytes()).hexdigest()}
+
+
 class Method(Protocol):
     """What a training method adds to the loop; ``Session`` is one. Its tensors go into the checkpoint."""
 
@@ -99,14 +140,23 @@ class Method(Protocol):
 
 def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *, resume: bool = False,
           method: Method | None = None) -> Generator[dict[str, float], None, None]:
-    """Train ``model`` in place on one row of token ids; yields a row after each step: what its log holds (see ``log``)
-    and tokens_per_second.
+    """Train ``model`` in place on one row of token ids, int64 [n]: ``fit`` on its ``Text``.
 
-    model: called as ``model(input_ids=int64 [B, L], use_cache=False).logits`` ([B, L, V]); left in training mode.
-    tokens: int64 [n]. Checkpoints and the log go to ``out``; with ``resume`` the run in ``out`` goes on where it was
-    (from the start, where there is none yet). method: what trains beyond plain AdamW on the next token's loss.
+    model: called as ``model(input_ids=int64 [B, L], use_cache=False).logits`` ([B, L, V]).
+    """
+    yield from fit(model, Text(tokens, config, method), config, out, resume=resume, method=method)
 
-    Raises UserError where ``out`` holds a run that is not resumed, or one of another configuration, text or model;
+
+def fit(model: Any, source: Source, config: TrainConfig, out: Path, *, resume: bool = False,
+        method: Method | None = None) -> Generator[dict[str, float], None, None]:
+    """Train ``model`` in place on ``source``; yields a row after each step: what its log holds (see ``log``) and
+    tokens_per_second.
+
+    model: any module that ``source`` knows how to call; left in training mode. Checkpoints and the log go to ``out``;
+    with ``resume`` the run in ``out`` goes on where it was (from the start, where there is none yet). method: what
+    trains beyond plain AdamW on the source's loss.
+
+    Raises UserError where ``out`` holds a run that is not resumed, or one of another configuration, source or model;
     where the batch does not divide over the processes; where bf16 is asked for and would be emulated; and where the
     loss or its gradient is not finite (the last checkpoint is from before).
     """
@@ -122,19 +172,19 @@ def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *, resume:
     groups = parameter_groups(model, config.weight_decay)
     optimizer = (torch.optim.AdamW(groups, betas=BETAS, eps=1e-8) if method is None else
                  method.optimizer(config.learning_rate, groups=groups, betas=BETAS))
-    start = _begin(model, optimizer, config, tokens, out, resume, accelerator.is_main_process, method)
+    start = _begin(model, optimizer, config, source, out, resume, accelerator.is_main_process, method)
     model.train()
     wrapped, prepared = accelerator.prepare(model, optimizer)
     log = TrainingLog(out, start) if accelerator.is_main_process else None
     done = start
     try:
-        for batch_BL in training_batches(tokens, config.batch, config.length, config.seed, start):
+        for batch in source.batches(start):
             if done >= config.steps:
                 break
             began, step = time.perf_counter(), done
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            loss = _backward(accelerator, wrapped, batch_BL, share, config, method)
+            loss = _backward(accelerator, wrapped, source, batch, share, config)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
             for what, value in (("loss", loss), ("gradient's norm", float(norm))):
                 if not math.isfinite(value):
@@ -164,20 +214,26 @@ def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *, resume:
         _save(model, optimizer, out, done, method)
 
 
-def _backward(accelerator: Any, wrapped: Any, batch_BL: Tensor, share: int, config: TrainConfig,
-              method: Method | None) -> float:
+def _backward(accelerator: Any, wrapped: Any, source: Source, batch: Batch, share: int, config: TrainConfig) -> float:
     """Gradients of one batch, accumulated over this process's micro-batches; the loss, averaged over all processes."""
     total = torch.zeros((), device=accelerator.device)
-    first = accelerator.process_index * share
-    for i, micro_BL in enumerate(batch_BL.split(share * accelerator.num_processes)):
+    for i in range(config.accumulate):
+        first = (i * accelerator.num_processes + accelerator.process_index) * share
         last = i == config.accumulate - 1
-        mine_BL = micro_BL[first : first + share].to(accelerator.device)
+        mine = _part(batch, first, first + share, accelerator.device)
         with nullcontext() if last else accelerator.no_sync(wrapped):
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = token_loss(wrapped, mine_BL, method) / config.accumulate
+                loss = source.loss(wrapped, mine) / config.accumulate
             accelerator.backward(loss)
         total += loss.detach()
     return float(accelerator.gather(total).mean())
+
+
+def _part(batch: Batch, first: int, last: int, device: torch.device) -> Batch:
+    """Rows ``first`` to ``last`` of every tensor."""
+    if isinstance(batch, Tensor):
+        return batch[first:last].to(device)
+    return tuple(tensor[first:last].to(device) for tensor in batch)
 
 
 @contextmanager
@@ -205,11 +261,12 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"{out} already holds a run", "continue it with --resume, or choose another --out")
 
 
-def _begin(model: Any, optimizer: Any, config: TrainConfig, tokens: Tensor, out: Path, resume: bool, main: bool,
+def _begin(model: Any, optimizer: Any, config: TrainConfig, source: Source, out: Path, resume: bool, main: bool,
            method: Method | None) -> int:
     """Check what ``out`` holds against this run, restore it where asked; the number of steps already done."""
     config_now = asdict(config)
-    run = {"config": config_now, "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()}
+    read = source.identity()
+    run = {"config": config_now, **read}
     if method is not None:
         run["method"] = method.identity()
     checkpoint = out / CHECKPOINT
@@ -226,8 +283,8 @@ def _begin(model: Any, optimizer: Any, config: TrainConfig, tokens: Tensor, out:
         raise UserError(f"{out / RUN} cannot be read: {error}", "choose another --out") from error
     if not isinstance(stored, dict) or stored.get("config") != config_now:
         raise _another_configuration(out, stored, config_now)
-    if stored.get("tokens") != run["tokens"]:
-        raise UserError(f"the run in {out} reads another text", "repeat its options, or choose another --out")
+    if any(stored.get(name) != value for name, value in read.items()):
+        raise UserError(f"the run in {out} reads another {source.noun}", "repeat its options, or choose another --out")
     if stored.get("method") != run.get("method"):
         raise UserError(f"the run in {out} trains by another method", "repeat its options, or choose another --out")
     return _restore(model, optimizer, checkpoint, method)
