@@ -34,7 +34,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing to make. label: of the quality axis; show: how its ticks read; higher: whether more is better."""
+    """A drawing to make. label: of the quality axis; show: how its ticks read; higher: whether more is better; against:
+    what a point's ``size`` is.
+    """
 
     key: str
     title: str
@@ -44,6 +46,7 @@ class Chart:
     higher: bool
     scale: Scale = "linear"
     reference: float | None = None
+    against: str = "file size"
 
 
 def pareto(points: Sequence[Point], higher: bool) -> list[Point]:
@@ -128,7 +131,7 @@ def svg(chart: Chart, size_label: Callable[[float], str]) -> str:
         return HEIGHT - BOTTOM - y.at(value) * (HEIGHT - TOP - BOTTOM)
 
     right, bottom, middle = WIDTH - RIGHT, HEIGHT - BOTTOM, (TOP + HEIGHT - BOTTOM) / 2
-    alt = escape(f"{chart.title} against file size")
+    alt = escape(f"{chart.title} against {chart.against}")
     out = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{alt}">']
     for tick in y.ticks():
         out.append(line("grid", LEFT, py(tick), right, py(tick)))
@@ -137,7 +140,7 @@ def svg(chart: Chart, size_label: Callable[[float], str]) -> str:
         out.append(line("notch", px(tick), bottom, px(tick), bottom + 5))
         out.append(text("tick", px(tick), bottom + 20, "middle", size_label(tick)))
     out.append(line("axis", LEFT, bottom, right, bottom))
-    out.append(text("label", (LEFT + right) / 2, HEIGHT - 12, "middle", "file size (log scale)"))
+    out.append(text("label", (LEFT + right) / 2, HEIGHT - 12, "middle", f"{chart.against} (log scale)"))
     turn = f' transform="translate(18 {middle:.1f}) rotate(-90)"'
     out.append(text("label", 0, 0, "middle", chart.label, turn))
     if chart.higher:

@@ -59,25 +59,28 @@ MC_INLINE void float_tile(const float* const* x, const float* const* w, int64_t 
         for (int c = 0; c < 4; ++c) out[r][c] = lane_sum(total[r][c]);
 }
 
-// 4 weight rows from `first` as floats in `to`, [4][step]. Group scales are applied to the weight, a row's own after the sum.
-// gathered: scratch of a row of bytes.
-static inline void widen_weights(const Linear& p, bool nibbles, int64_t first, float* to, int64_t step, uint8_t* gathered) {
+// The weight row of an output as floats. Group scales are applied, an int8 row's own is not. gathered: scratch of a row of bytes.
+static inline void widen_row(const Linear& p, bool nibbles, int64_t output, float* to, uint8_t* gathered) {
+    const uint8_t* from = row_of(p, nibbles, output, gathered);
+    if (!nibbles) {
+        for (int64_t i = 0; i < p.inputs; ++i) to[i] = float(int8_t(from[i]));
+        return;
+    }
     const int64_t group_size = p.inputs / p.groups;
-    for (int64_t output = first; output < std::min(first + 4, p.outputs); ++output, to += step) {
-        const uint8_t* from = row_of(p, nibbles, output, gathered);
-        if (!nibbles) {
-            for (int64_t i = 0; i < p.inputs; ++i) to[i] = float(int8_t(from[i]));
-            continue;
-        }
-        for (int64_t g = 0; g < p.groups; ++g) {
-            float scale = scale_at(p, output, g);
-            int offset = zero_at(p, output, g);
-            for (int64_t i = g * group_size / 2; i < (g + 1) * group_size / 2; ++i) {
-                to[2 * i] = float((from[i] & 15) - offset) * scale;
-                to[2 * i + 1] = float((from[i] >> 4) - offset) * scale;
-            }
+    for (int64_t g = 0; g < p.groups; ++g) {
+        const float scale = scale_at(p, output, g);
+        const int offset = zero_at(p, output, g);
+        for (int64_t i = g * group_size / 2; i < (g + 1) * group_size / 2; ++i) {
+            to[2 * i] = float((from[i] & 15) - offset) * scale;
+            to[2 * i + 1] = float((from[i] >> 4) - offset) * scale;
         }
     }
+}
+
+// 4 weight rows from `first` in `to`, [4][step].
+static inline void widen_weights(const Linear& p, bool nibbles, int64_t first, float* to, int64_t step, uint8_t* gathered) {
+    for (int64_t output = first; output < std::min(first + 4, p.outputs); ++output, to += step)
+        widen_row(p, nibbles, output, to, gathered);
 }
 
 // Outputs [first, first + 4) for all rows. widened: 4 rows of floats made of integers, whose scale is still to come where it is

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels import native, registry
-from mambacompress.kernels.int8_linear.cpu import native_linear
+from mambacompress.kernels.int8_linear.cpu import native_linear, packed_rows
 from mambacompress.kernels.int8_linear.reference import (
     MODES,
     int8_linear_reference,
@@ -143,4 +143,5 @@ def check(device: torch.device | str = "cpu") -> tuple[float, float]:
 
 
 __all__ = ["BYTES", "MODES", "can_be_tiled", "check", "check_input", "int8_linear", "int8_linear_reference",
-           "int_matmul", "lacks", "qmax_of", "quantize_rows", "rows_of", "tile", "untiled", "weight_only", "wide_dtype"]
+           "int_matmul", "lacks", "packed_rows", "qmax_of", "quantize_rows", "rows_of", "tile", "untiled",
+           "weight_only", "wide_dtype"]

@@ -17,6 +17,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from mambacompress.api import Compressed
     from mambacompress.bench import Result
+    from mambacompress.distilling.language import Distilled
+    from mambacompress.eval.progressive import ProgressiveReport
     from mambacompress.kernels.registry import CheckResult
     from mambacompress.passes.base import Plan
     from mambacompress.pretraining import Trained
@@ -56,11 +58,11 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def training(title: str) -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
+def training(title: str, *, perplexity: bool = True) -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
     """Training as it goes, fed by (stage, done, total, figures): a bar, or a line now and then where stderr is a file.
 
     Nothing appears before the first step, so that of several processes only the one that is told shows it. Loss and
-    speed are moving averages.
+    speed are moving averages. perplexity: whether the loss is one of a language model.
     """
     console = Console(stderr=True, highlight=False)
     columns = (
@@ -79,16 +81,20 @@ def training(title: str) -> Iterator[Callable[[str, int, int, Mapping[str, float
     def update(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         nonlocal spoken
         if stage not in tasks:
+            first = not tasks
             for other in tasks.values():
                 bar.remove_task(other)
-            tasks[stage] = bar.add_task(title if not tasks else stage, total=total, figures="")
+            tasks.clear()
+            tasks[stage] = bar.add_task(title if first else stage, total=total, figures="")
             if console.is_terminal:
                 bar.start()
         for name, share in (("loss", 0.02), ("tokens_per_second", 0.1)):
             if name in figures:
                 before = means.get(name, figures[name])
                 means[name] = before + share * (figures[name] - before)
-        shown = _training_figures(means) if figures else ""
+        shown = _training_figures(means, perplexity) if figures else ""
+        if "sparsity" in figures:
+            shown += f" · {figures['sparsity']:.0%} sparse"
         bar.update(tasks[stage], completed=done, figures=shown)
         if not console.is_terminal and (done == total or time.monotonic() - spoken >= LINE_SECONDS):
             spoken = time.monotonic()
@@ -103,9 +109,10 @@ def training(title: str) -> Iterator[Callable[[str, int, int, Mapping[str, float
             bar.stop()
 
 
-def _training_figures(means: Mapping[str, float]) -> str:
+def _training_figures(means: Mapping[str, float], perplexity: bool) -> str:
     loss, speed = means["loss"], means["tokens_per_second"]
-    return f"loss {loss:.3f} · perplexity {math.exp(min(loss, 700)):,.1f} · {speed:,.0f} tokens/s"
+    read = f" · perplexity {math.exp(min(loss, 700)):,.1f}" if perplexity else ""
+    return f"loss {loss:.3f}{read} · {speed:,.0f} tokens/s"
 
 
 def _ranges(blocks: Iterable[int]) -> str:
@@ -214,6 +221,29 @@ def trained(made: Trained, out: Path) -> None:
             console.print(Text(f"{fact}: {made.facts[fact]}"))
     console.print(Text(f"loss curve: {out / 'training.html'}"))
     console.print(Text(f"Next: mambacompress quantize {made.directory}"))
+
+
+def chain(report: ProgressiveReport, out: Path) -> None:
+    """A progressive distillation: a line a model, then where the rest is."""
+    table = _table(f"top-1 on {report.test_images:,} images of {report.data}", "model", "MFLOPs", "of teacher",
+                   "parameters", "alone, %", "cumulative", "of teacher", "together, %", "against teacher")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in report.table():
+        table.add_row(*map(Text, row))
+    console = _console()
+    console.print(table)
+    console.print(Text(f"report: {out / 'progressive.html'}"))
+
+
+def distilled(made: Distilled, out: Path) -> None:
+    """The end of a distillation on text: where the student is, how near it came, what to do next."""
+    console = _console()
+    console.print(Text(f"{made.directory}"))
+    for name, fact in made.facts.items():
+        if name == "student" or "perplexity" in name or "paired" in name:
+            console.print(Text(f"{name}: {fact}"))
+    console.print(Text(f"loss curve: {out / 'training.html'}"))
 
 
 def checks(results: Iterable[CheckResult]) -> None:
