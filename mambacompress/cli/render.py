@@ -81,9 +81,12 @@ def training(title: str, *, perplexity: bool = True) -> Iterator[Callable[[str, 
     def update(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         nonlocal spoken
         if stage not in tasks:
-            for other in tasks.values():
-                bar.remove_task(other)
-            tasks[stage] = bar.add_task(title if not tasks else stage, total=total, figures="")
+            first = not bar.tasks
+            for task in bar.tasks:
+                bar.remove_task(task.id)
+            means.clear()
+            tasks.clear()
+            tasks[stage] = bar.add_task(title if first else stage, total=total, figures="")
             if console.is_terminal:
                 bar.start()
         for name, share in (("loss", 0.02), ("tokens_per_second", 0.1)):
