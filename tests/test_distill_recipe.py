@@ -57,8 +57,9 @@ def test_the_chains_cost_what_their_descriptions_say(name: str, side: int, chann
 
 
 def test_overrides_reach_every_level():
-    recipe = load_distill_recipe("pkd-mnist", ["train.steps=7", "train.warmup=1", "mixture.alpha=0.5", "chain=shrinking",
-                                               "teacher.train.steps=9", "teacher.train.warmup=2"])
+    recipe = load_distill_recipe("pkd-mnist", [
+        "train.steps=7", "train.warmup=1", "mixture.alpha=0.5", "chain=shrinking", "teacher.train.steps=9",
+        "teacher.train.warmup=2"])
     assert isinstance(recipe, ProgressiveRecipe)
     assert (recipe.train["steps"], recipe.teacher.train["steps"]) == (7, 9)
     assert (recipe.mixture.alpha, recipe.chain) == (0.5, "shrinking")

@@ -86,7 +86,8 @@ def test_a_students_gradient_is_the_residual_error_of_the_sum(soft: str):
     """mse: sum - teacher; kl: T (softmax(sum / T) - softmax(teacher / T)); both over the batch."""
     torch.manual_seed(2)
     f, before, teacher = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3), torch.randn(4, 3)
-    Mixture(alpha=0.0, temperature=2.0, soft=soft).loss(before + f, teacher, torch.zeros(4, dtype=torch.long)).backward()
+    mixture, labels = Mixture(alpha=0.0, temperature=2.0, soft=soft), torch.zeros(4, dtype=torch.long)
+    mixture.loss(before + f, teacher, labels).backward()
     total = (before + f).detach()
     wanted = 2 * (total - teacher) / 3 if soft == "mse" else 2 * ((total / 2).softmax(-1) - (teacher / 2).softmax(-1))
     torch.testing.assert_close(f.grad, wanted / 4)
