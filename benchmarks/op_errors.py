@@ -3,7 +3,8 @@
 The fp64 result is the reference's own, on the inputs as rounded to the op's dtype. An error is |op - fp64| over the RMS
 of the fp64 result; *typical* is the median over all elements and problems, *worst* the largest. For gradients the loss
 is a random weighting of both outputs. Integer linears are compared with the exact product of the very codes they round
-their input to: rounding the input is the recipe's choice, not the kernel's error.
+their input to: rounding the input is the recipe's choice, not the kernel's error. The norms and the Hadamard rotation
+with an int8 output have no row: their codes are those of the float op, bit for bit (tested).
 
 Legend: B batch, L tokens, E channels, N d_state, G groups, H heads, P head_dim, T rows, I inputs, O outputs.
 """
@@ -19,7 +20,12 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels import native
-from mambacompress.kernels.causal_conv1d import causal_conv1d, causal_conv1d_reference
+from mambacompress.kernels.causal_conv1d import (
+    causal_conv1d,
+    causal_conv1d_reference,
+    same_conv1d,
+    same_conv1d_reference,
+)
 from mambacompress.kernels.hadamard import hadamard, hadamard_reference
 from mambacompress.kernels.int4_linear import dequantize_int4, int4_linear
 from mambacompress.kernels.int8_linear import int8_linear, quantize_rows
@@ -105,6 +111,7 @@ def _cases() -> Iterator[tuple[str, str, torch.dtype, Runs]]:
         ("selective_scan", selective_scan, selective_scan_reference, _scan_inputs),
         ("ssd_scan", ssd_scan, ssd_scan_sequential, _ssd_inputs),
         ("causal_conv1d", causal_conv1d, causal_conv1d_reference, _conv_inputs),
+        ("same_conv1d", same_conv1d, same_conv1d_reference, _conv_inputs),
     ):
         for dtype in FLOATS:
             yield name, "outputs", dtype, _forward(op, reference, inputs, dtype)
@@ -119,6 +126,7 @@ def _cases() -> Iterator[tuple[str, str, torch.dtype, Runs]]:
     ):
         for dtype in FLOATS:
             yield name, "outputs", dtype, _forward(op, reference, inputs, dtype)
+    yield "causal_conv1d", "int8 inputs and weights", torch.float32, _int8_conv
     for rows in (1, 64):
         for mode in ("token", "none"):
             what = f"{'per-token' if mode == 'token' else 'float'} activations, {rows} row{'s' * (rows > 1)}"
@@ -184,6 +192,16 @@ def _ssd_step_inputs(random: Random) -> list[Tensor]:
 
 def _conv_inputs(random: Random) -> list[Tensor]:
     return [random.normal(2, 200, 96), random.normal(96, 4), random.normal(96)]
+
+
+def _int8_conv(random: Random) -> Iterator[tuple[Tensor, Tensor]]:
+    x, weight = random.codes(-127, 128, torch.int8, 2, 200, 96), random.codes(-127, 128, torch.int8, 96, 4)
+    scales = random.normal(96).abs() / 64, random.normal(96).abs() / 64
+    bias = random.normal(96)
+    y, _ = causal_conv1d(x, weight, bias, x_scale=scales[0], weight_scale_E=scales[1])
+    exact, _ = causal_conv1d_reference(x.double() * scales[0].double(), weight.double() * scales[1].double()[:, None],
+                                       bias.double())
+    yield y, exact
 
 
 def _grouped(op: Op) -> Op:

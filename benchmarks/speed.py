@@ -25,7 +25,8 @@ from benchmarks.checkpoints import SHAPES, name_of, write_artifact, write_model
 from mambacompress.bench import PEERS, Result, bench
 from mambacompress.bench.summary import Spread, taken
 
-RECIPES = ("w8a8", "w4a16", "w4a8")
+RECIPES = ("w8a8", "w8a8-scan8", "w4a16", "w4a8")
+STATES = ("fp32", "int8")
 INT4 = ("w4a16", "w4a8")
 _BANDWIDTH = """
 import time, torch
@@ -95,13 +96,29 @@ def judged(results: dict[str, Result]) -> Iterator[dict[str, Any]]:
                            "met": ratio.median >= goal.must}
 
 
+def variant_rows(results: dict[str, Result]) -> Iterator[dict[str, Any]]:
+    """Every form of an artifact beside its plain one: int8 scan inputs beside ``w8a8``, int8 states beside fp32."""
+    for size, result in results.items():
+        for run in result.document["runs"]:
+            names = [row["name"] for row in run["contestants"]]
+            for name in names:
+                plain = name.removesuffix(" state8" if name.endswith(" state8") else "-scan8")
+                if plain == name or plain not in names:
+                    continue
+                for measure in ("prefill", "decode", "batch_decode"):
+                    ratio = result.ratio(run["threads"], name, plain, measure)
+                    if ratio is not None:
+                        yield {"size": size, "threads": run["threads"], "name": name, "plain": plain,
+                               "measure": measure, "ratio": asdict(ratio)}
+
+
 def memory_rows(results: dict[str, Result]) -> Iterator[dict[str, Any]]:
     """Peak bytes of running every packed contestant, mapped weights included, over the bytes of its files."""
     for size, result in results.items():
         for run in result.document["runs"]:
             for row in run["contestants"]:
                 peak = taken(row)
-                if row["variant"] == "packed" and peak is not None:
+                if row["variant"].startswith("packed") and peak is not None:
                     yield {"size": size, "threads": run["threads"], "name": row["name"], "files": row["files"],
                            "peak": peak, "share": peak / row["files"],
                            "anonymous": taken(row, "anonymous"), "live_tensors": row["memory"]["live_tensors"]}
@@ -135,6 +152,11 @@ def markdown(results: dict[str, Result], bandwidth: dict[int, float]) -> str:
         lines.append(f"| {row['title']} | {row['size']} | {row['threads']} | {row['rival']} | {row['must']:g} | "
                      f"{aim} | {ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) | "
                      f"{'met' if row['met'] else 'missed'} |")
+    lines += ["", "| variant | threads | against | measure | median ratio (quartiles) |", "|---|---:|---|---|---:|"]
+    for row in variant_rows(results):
+        ratio = row["ratio"]
+        lines.append(f"| {row['name']} | {row['threads']} | {row['plain']} | {row['measure']} | "
+                     f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f}) |")
     lines += ["", "| packed model | threads | file MB | peak MB | peak / file | live tensors MB |",
               "|---|---:|---:|---:|---:|---:|"]
     for row in memory_rows(results):
@@ -156,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", default="130m,370m,mamba2-130m", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--states", default=",".join(STATES), help="recurrent states of the packed models")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=64)
@@ -179,10 +202,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             packed.append(write_artifact(model, recipe))
         bandwidth = {count: max(bandwidth.get(count, 0.0), read_bandwidth(count)) for count in threads}
         results[size] = bench([model, *packed], peers=[peer for peer in options.peers.split(",") if peer],
-                              threads=threads, progress=lambda stage, done, total: _say(f"{done}/{total} {stage}"),
+                              threads=threads, states=options.states.split(","),
+                              progress=lambda stage, done, total: _say(f"{done}/{total} {stage}"),
                               rounds=options.rounds, steps=options.steps, prompt=options.prompt)
         document = {"sizes": {name: result.document for name, result in results.items()},
-                    "goals": list(judged(results)), "memory": list(memory_rows(results)),
+                    "goals": list(judged(results)), "variants": list(variant_rows(results)),
+                    "memory": list(memory_rows(results)),
                     "bandwidth": {"read": bandwidth, "decode": list(bandwidth_rows(results, bandwidth))}}
         options.out.write_text(json.dumps(document, indent=1), encoding="utf-8")  # a size at a time: runs are long
         options.out.with_suffix(".md").write_text(markdown(results, bandwidth), encoding="utf-8")

@@ -98,7 +98,7 @@ def compare(
             "compare with the model this one was made from",
         )
     perplexity.check_vocabulary(windows, vocabulary)
-    size = batch or windows.batch_size(2 * vocabulary)
+    size = batch or windows.batch_size(2 * vocabulary, next(model.parameters()).device)
     read, read_baseline = perplexity.reader(model), perplexity.reader(baseline)
     losses: list[float] = []
     baseline_losses: list[float] = []

@@ -75,7 +75,8 @@ def window_losses(
     check_vocabulary(windows, vocabulary)
     losses: list[float] = []
     read = reader(model)
-    for ids_BL, scored, _ in windows.batches(batch or windows.batch_size(vocabulary)):
+    size = batch or windows.batch_size(vocabulary, next(model.parameters()).device)
+    for ids_BL, scored, _ in windows.batches(size):
         losses += summed(token_losses(read(ids_BL), ids_BL), scored)
         if advance is not None:
             advance(len(ids_BL))

@@ -68,12 +68,13 @@ class Windows:
                 scored[row, first - start - 1 :] = True
             yield torch.stack(rows), scored, group
 
-    def batch_size(self, vocabulary: int) -> int:
-        """As many windows as keep one batch of fp32 logits within bounds.
+    def batch_size(self, vocabulary: int, device: torch.device | None = None) -> int:
+        """As many windows as keep one batch of fp32 logits within bounds, on the CPU where no device is named.
 
         Native kernels want a batch that fits the cache, torch's loops over tokens as many rows as there are.
         """
-        most = 16 if native.library() is None else max(1, CACHED_TOKENS // self.context)
+        cached = native.library() is not None and (device is None or device.type == "cpu")
+        most = max(1, CACHED_TOKENS // self.context) if cached else 16
         return max(1, min(most, LOGIT_BYTES // (4 * self.context * vocabulary)))
 
 

@@ -111,14 +111,34 @@ inline void convolve(const Block& k, const State& s, int64_t m, int64_t first, i
 
 // -- Mamba-1's projections ---------------------------------------------------------------------------------------------
 
-// dt, B and C of a row behind their norms; `to` may be `low`.
-inline void norm_low(const Block& k, const float* low, float* to, float* scratch) {
-    const auto norm = [&](int64_t from, int64_t rows, int64_t size) {
-        const Norm n{rows, size, size, 1, size, 0, F32, F32, F32, k.inner_eps, low + from, nullptr, nullptr, to + from};
-        for (int64_t row = 0; row < rows; ++row) norm_row(n, row, scratch);
-    };
-    norm(0, 1, k.rank);
-    norm(k.rank, 2 * k.groups, k.states);
+// What is left of x after it was int8 with that scale; x itself where there is none.
+MC_INLINE V through_int8(V x, const float* scale, int count) {
+    if (!scale) return x;
+    const V s = load_part(scale, count);
+    return vmin(set1(127.0f), vmax(set1(-127.0f), round_even(x / s))) * s;  // a NaN stays one
+}
+
+inline bool changes_low(const Block& k) { return k.inner_norm || k.B_scale; }
+
+// dt, B and C of a row behind their norms, B and C as the scan reads them; `to` may be `low`.
+inline void finish_low(const Block& k, const float* low, float* to, float* scratch) {
+    const int64_t span = k.groups * k.states;
+    if (to != low) std::memcpy(to, low, sizeof(float) * size_t(k.rank + 2 * span));
+    if (k.inner_norm) {
+        const auto norm = [&](int64_t from, int64_t rows, int64_t size) {
+            const Norm n{rows, size, size, 1, size, 0, F32, F32, F32, k.inner_eps, to + from, nullptr, nullptr, to + from};
+            for (int64_t row = 0; row < rows; ++row) norm_row(n, row, scratch);
+        };
+        norm(0, 1, k.rank);
+        norm(k.rank, 2 * k.groups, k.states);
+    }
+    if (!k.B_scale) return;
+    for (int64_t i = 0; i < span; i += W) {
+        const int count = int(std::min<int64_t>(W, span - i));
+        float *B = to + k.rank + i, *C = B + span;
+        store_part(B, through_int8(load_part(B, count), k.B_scale + i, count), count);
+        store_part(C, through_int8(load_part(C, count), k.C_scale + i, count), count);
+    }
 }
 
 // -- Mamba-2's steps ---------------------------------------------------------------------------------------------------

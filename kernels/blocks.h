@@ -32,6 +32,7 @@ struct Block {
     const float *conv, *conv_bias, *conv_scale;   // [channels, K], [channels] or null
     const float *decay, *D, *dt_bias;             // decay: Mamba-1 A log2(e) as [N, E], Mamba-2 A [H]
     const float *gate_scale, *gated_norm;         // [E] or null; [E] (Mamba-2)
+    const float *u_scale, *dt_scale, *B_scale, *C_scale, *z_scale;  // of int8 inputs of the scan: [E] or [G, N]; all or none
     Matrix in, x, dt, out;
     Rotation x_rotation, out_rotation;
 

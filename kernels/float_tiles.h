@@ -6,7 +6,10 @@
 //     tiles   (AVX-512, see int_tiles.h) a lane is an output; byte j of a quad is summed by accumulator j (nibbles 2j and 2j + 1
 //             by accumulators 2j and 2j + 1, modulo 4), a group's sum is multiplied by its scale and added to the total.
 //
-// Either way a row's result does not depend on how many rows there are.
+//     panels  (floats, many rows) a lane is an output and sums its inputs in order; weights are brought into panels of 2 W outputs
+//             in cache, an input after the other.
+//
+// In rows and in tiles a result does not depend on how many rows there are; panels differ from rows by rounding.
 namespace MC_LEVEL {
 
 // RA rows of x times row `index` of n floats, which comes from memory and is read in order, once; the sums of float_tile.
@@ -56,25 +59,28 @@ MC_INLINE void float_tile(const float* const* x, const float* const* w, int64_t 
         for (int c = 0; c < 4; ++c) out[r][c] = lane_sum(total[r][c]);
 }
 
-// 4 weight rows from `first` as floats in `to`, [4][step]. Group scales are applied to the weight, a row's own after the sum.
-// gathered: scratch of a row of bytes.
-static inline void widen_weights(const Linear& p, bool nibbles, int64_t first, float* to, int64_t step, uint8_t* gathered) {
+// The weight row of an output as floats. Group scales are applied, an int8 row's own is not. gathered: scratch of a row of bytes.
+static inline void widen_row(const Linear& p, bool nibbles, int64_t output, float* to, uint8_t* gathered) {
+    const uint8_t* from = row_of(p, nibbles, output, gathered);
+    if (!nibbles) {
+        for (int64_t i = 0; i < p.inputs; ++i) to[i] = float(int8_t(from[i]));
+        return;
+    }
     const int64_t group_size = p.inputs / p.groups;
-    for (int64_t output = first; output < std::min(first + 4, p.outputs); ++output, to += step) {
-        const uint8_t* from = row_of(p, nibbles, output, gathered);
-        if (!nibbles) {
-            for (int64_t i = 0; i < p.inputs; ++i) to[i] = float(int8_t(from[i]));
-            continue;
-        }
-        for (int64_t g = 0; g < p.groups; ++g) {
-            float scale = scale_at(p, output, g);
-            int offset = zero_at(p, output, g);
-            for (int64_t i = g * group_size / 2; i < (g + 1) * group_size / 2; ++i) {
-                to[2 * i] = float((from[i] & 15) - offset) * scale;
-                to[2 * i + 1] = float((from[i] >> 4) - offset) * scale;
-            }
+    for (int64_t g = 0; g < p.groups; ++g) {
+        const float scale = scale_at(p, output, g);
+        const int offset = zero_at(p, output, g);
+        for (int64_t i = g * group_size / 2; i < (g + 1) * group_size / 2; ++i) {
+            to[2 * i] = float((from[i] & 15) - offset) * scale;
+            to[2 * i + 1] = float((from[i] >> 4) - offset) * scale;
         }
     }
+}
+
+// 4 weight rows from `first` in `to`, [4][step].
+static inline void widen_weights(const Linear& p, bool nibbles, int64_t first, float* to, int64_t step, uint8_t* gathered) {
+    for (int64_t output = first; output < std::min(first + 4, p.outputs); ++output, to += step)
+        widen_row(p, nibbles, output, to, gathered);
 }
 
 // Outputs [first, first + 4) for all rows. widened: 4 rows of floats made of integers, whose scale is still to come where it is
@@ -106,6 +112,68 @@ static inline void float_outputs(const Linear& p, Rows& rows, int64_t first, con
             }
         m += count;
     }
+}
+
+constexpr int PANEL_ROWS = MC_WIDTH == 16 ? 12 : 4;  // rows in registers, two accumulators each
+constexpr int64_t PANEL_OUTPUTS = 2 * W;
+
+// Outputs [first, first + PANEL_OUTPUTS) of a weight of floats as a panel [inputs, up to whole vectors][PANEL_OUTPUTS].
+static inline void pack_panel(const Linear& p, int64_t first, float* panel) {
+    for (int64_t half = 0; half < 2; ++half)
+        for (int64_t k = 0; k < p.inputs; k += W) {
+            alignas(64) float block[W * W];
+            for (int64_t i = 0; i < W; ++i) {
+                const int64_t output = std::min(first + half * W + i, p.outputs - 1);  // behind the end: again the last
+                store(block + i * W, load_any(p.weight, output * p.inputs + k, int(p.scale_dtype),
+                                              int(std::min<int64_t>(W, p.inputs - k))));
+            }
+            transpose(block, W, panel + k * PANEL_OUTPUTS + half * W, PANEL_OUTPUTS);
+        }
+}
+
+// R rows from m by the panel of the outputs from `first`.
+template <int R>
+static inline void panel_tile(const Linear& p, Rows& rows, int64_t m, int64_t first, const float* panel) {
+    const float* x = rows.floats.get() + m * rows.stride;
+    const int64_t stride = rows.stride;
+    V acc[R][2];
+    MC_UNROLL(12)
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
+    for (int64_t k = 0; k < p.inputs; ++k) {
+        const V low = load(panel + k * PANEL_OUTPUTS), high = load(panel + k * PANEL_OUTPUTS + W);
+        MC_UNROLL(12)
+        for (int r = 0; r < R; ++r) {
+            const V value = set1(x[r * stride + k]);
+            acc[r][0] = fma(value, low, acc[r][0]);
+            acc[r][1] = fma(value, high, acc[r][1]);
+        }
+    }
+    for (int half = 0; half < 2; ++half) {
+        const int64_t at = first + half * W;
+        const int count = int(std::min<int64_t>(W, p.outputs - at));
+        if (count <= 0) return;
+        const V bias = p.bias ? load_part(p.bias + at, count) : zero();
+        MC_UNROLL(12)
+        for (int r = 0; r < R; ++r) {
+            const V y = p.bias ? acc[r][half] + bias : acc[r][half];
+            store_any(p.y, (m + r) * p.y_row + at, int(p.y_dtype), y, count);
+        }
+    }
+}
+
+// `count` rows, fewer than R + 1.
+template <int R>
+static inline void panel_rest(const Linear& p, Rows& rows, int64_t m, int64_t count, int64_t first, const float* panel) {
+    if constexpr (R > 0) {
+        if (count == R) panel_tile<R>(p, rows, m, first, panel);
+        else panel_rest<R - 1>(p, rows, m, count, first, panel);
+    }
+}
+
+static inline void panel_outputs(const Linear& p, Rows& rows, int64_t m, int64_t end, int64_t first, float* panel) {
+    pack_panel(p, first, panel);
+    for (; m + PANEL_ROWS <= end; m += PANEL_ROWS) panel_tile<PANEL_ROWS>(p, rows, m, first, panel);
+    panel_rest<PANEL_ROWS - 1>(p, rows, m, end - m, first, panel);
 }
 
 #if MC_WIDTH == 16

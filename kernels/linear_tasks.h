@@ -13,6 +13,8 @@ namespace MC_LEVEL {
 constexpr int64_t TILE_ROWS = 12, TILE_STRIPE = 96;
 constexpr int64_t FEW_ROWS = TILE_ROWS;  // up to so many, a tile at a time: what it takes is reading the weights
 
+constexpr int64_t FEW_FLOAT_ROWS = 8;  // the same of floats
+
 enum Weights : int64_t { FLOATS = 0, BYTES = 1, NIBBLES = 2 };  // rows of fp32, bf16 or fp16; int8; int4 in groups
 
 // What a thread needs to run the tasks of linears up to this size.
@@ -24,18 +26,18 @@ struct Workspace {
     Scratch<uint8_t> panel;  // two tiles
     Factors factors;
     Workspace(int64_t inputs, int64_t groups)
-        : unpacked(size_t(inputs)), gathered(size_t(inputs + 4)), widened(size_t(4 * inputs)),
+        : unpacked(size_t(inputs)), gathered(size_t(inputs + 4)), widened(size_t(PANEL_OUTPUTS * (inputs + W))),
           panel(size_t(2 * panel_bytes(inputs))), factors(groups) {}
     static int64_t panel_bytes(int64_t row_bytes) { return Rows::padded(row_bytes, 4) * TILE_OUTPUTS; }
 #else
     Workspace(int64_t inputs, int64_t)
-        : unpacked(size_t(inputs)), gathered(size_t(inputs + 4)), widened(size_t(4 * inputs)) {}
+        : unpacked(size_t(inputs)), gathered(size_t(inputs + 4)), widened(size_t(PANEL_OUTPUTS * (inputs + W))) {}
 #endif
 };
 
 // How one linear is cut and run.
 struct Tasks {
-    enum Shape { FLOAT, FLOAT_TILES, PLAIN, TILES };
+    enum Shape { FLOAT, FLOAT_PANELS, FLOAT_TILES, PLAIN, TILES };
 
     Linear p;
     Weights weights;
@@ -48,6 +50,7 @@ struct Tasks {
 
     Tasks(const Linear& linear, Weights kind) : p(linear), weights(kind), shape(PLAIN), width(16), chunk(4) {
         if (floats()) shape = FLOAT, width = 4, chunk = 8;
+        if (weights == FLOATS && p.rows > FEW_FLOAT_ROWS) shape = FLOAT_PANELS, width = PANEL_OUTPUTS, chunk = 1;
 #if MC_WIDTH == 16
         const bool aligned = weights == BYTES || (weights == NIBBLES && p.inputs / p.groups % 8 == 0);
         if (floats() && p.tiled) shape = FLOAT_TILES, width = TILE_OUTPUTS, chunk = 2;
@@ -55,7 +58,7 @@ struct Tasks {
         if (shape == TILES && p.rows > FEW_ROWS) width = 2 * TILE_OUTPUTS, chunk = 1;
 #endif
         int64_t runs = ceil_div(p.outputs, width);
-        if (shape == TILES && runs < 8) stripes = std::min(ceil_div(8, runs), ceil_div(p.rows, TILE_STRIPE));
+        if ((shape == TILES || shape == FLOAT_PANELS) && runs < 8) stripes = std::min(ceil_div(8, runs), ceil_div(p.rows, TILE_STRIPE));
         count = runs * stripes;
         worth = shape == FLOAT ? ceil_div(count, 8) : p.rows <= FEW_ROWS ? ceil_div(count * p.inputs, 1 << 13) : count;
     }
@@ -77,6 +80,10 @@ struct Tasks {
 
     void run(Rows& rows, int64_t task, Workspace& work) const {
         if (shape == FLOAT) return run_floats(rows, task * width, work);
+        if (shape == FLOAT_PANELS) {
+            const Stripe at(*this, task, PANEL_ROWS);
+            return panel_outputs(p, rows, at.start, at.end, at.first, work.widened.get());
+        }
         if (shape == PLAIN) {
             int64_t first = task * width;
             return plain_outputs(p, rows, weights == NIBBLES, first, std::min(p.outputs, first + width), work.unpacked.get(),
@@ -89,6 +96,15 @@ struct Tasks {
     }
 
   private:
+    // The outputs from `first` and the rows [start, end) of a task; `step` rows are multiplied together.
+    struct Stripe {
+        int64_t first, start, end;
+        Stripe(const Tasks& t, int64_t task, int64_t step) : first(task / t.stripes * t.width) {
+            const int64_t rows = Rows::padded(ceil_div(t.p.rows, t.stripes), step);
+            start = std::min(t.p.rows, task % t.stripes * rows), end = std::min(t.p.rows, start + rows);
+        }
+    };
+
     void prepare_from(Rows& rows, int64_t m, const void* x, int64_t index, int dtype, float* row, int8_t* natural) const {
         if (floats()) widen_into(rows, m, x, index, dtype);
         else quantize_into(rows, m, x, index, dtype, p.activation == 1 ? p.act_scale : nullptr, p.qmax(), row, natural);
@@ -147,9 +163,9 @@ struct Tasks {
     }
 
     void run_tiles(Rows& rows, int64_t task, Workspace& work) const {
-        const int64_t stripe = Rows::padded(ceil_div(p.rows, stripes), TILE_ROWS), first = task / stripes * width;
-        const int64_t end = std::min(p.rows, (task % stripes + 1) * stripe);
-        int64_t m = task % stripes * stripe;
+        const Stripe at(*this, task, TILE_ROWS);
+        const int64_t first = at.first, end = at.end;
+        int64_t m = at.start;
         const int tiles = int(width / TILE_OUTPUTS);
         const uint8_t* tile[2];
         for (int t = 0; t < tiles; ++t)

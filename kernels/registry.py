@@ -1,17 +1,18 @@
 """Which implementation of an op runs, and why.
 
-Every op has a readable torch reference, and may have a native CPU implementation. ``auto`` (the default) takes the
-native one wherever it can compute what was asked; every other outcome carries a reason, is logged once, and is listed
-by ``chosen()`` so that a report can print it. ``backend("reference")`` forces one implementation, ``strict(True)``
-turns a fallback into an error. Both are context managers on context variables: threads and tasks do not disturb one
-another.
+Every op has a readable torch reference, and may have a native CPU implementation and Triton kernels. ``auto`` (the
+default) takes native code for tensors on the CPU and Triton for those on a GPU, wherever it can compute what was asked;
+every other outcome carries a reason, is logged once, and is listed by ``chosen()`` so that a report can print it. On
+CPU tensors Triton runs only where it is asked for by name, and only in its interpreter: that is for tests.
+``backend("reference")`` forces one implementation, ``strict(True)`` turns a fallback into an error. Both are context
+managers on context variables: threads and tasks do not disturb one another.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,14 +20,17 @@ from pathlib import Path
 
 import torch
 
+from mambacompress.kernels import gpu
+
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "triton", "reference")
+_REASONS = {"native": "native code for this processor", "triton": "Triton kernel for this GPU"}
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 class KernelFallback(RuntimeError):
-    """An op would not run natively although it was told to."""
+    """An op would not run in native code or Triton although it was told to."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ _records: list[dict[Choice, None]] = []  # those of the open ``recording`` block
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside with one implementation: ``reference``, ``native`` or ``auto``."""
+    """Run the ops inside with one implementation: ``reference``, ``native``, ``triton`` or ``auto``."""
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     token = _backend.set(name)
@@ -81,18 +85,28 @@ def strict(on: bool = True) -> Iterator[None]:
         _strict.reset(token)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, lacks: Sequence[str] = ()) -> str:
-    """``native`` or ``reference`` for this call; ``lacks`` names what was asked and the native code has not got."""
+@torch.compiler.assume_constant_result  # traced once: the choice becomes part of the graph
+def choose(op: str, device: torch.device, dtype: torch.dtype, lacks: Sequence[str] = (),
+           triton: Sequence[str] | None = None) -> str:
+    """``native``, ``triton`` or ``reference`` for this call.
+
+    lacks: what was asked and the native code has not got; triton: the same of the op's Triton kernel, None: it has
+    none.
+    """
     asked = _backend.get()
     if asked == "reference":
         _note(Choice(op, "reference", "asked for"))
         return "reference"
-    obstacle = _obstacle(device, dtype, lacks)
+    wanted = asked if asked != "auto" else "triton" if device.type == "cuda" else "native"
+    if wanted == "triton":
+        obstacle = "no Triton kernel" if triton is None else gpu.obstacle(device, dtype, triton)
+    else:
+        obstacle = _obstacle(device, dtype, lacks)
     if obstacle is None:
-        _note(Choice(op, "native", "asked for" if asked == "native" else "native code for this processor"))
-        return "native"
-    if asked == "native" or _strict.get():
-        raise KernelFallback(f"{op} has no native implementation for this call: {obstacle}")
+        _note(Choice(op, wanted, "asked for" if asked == wanted else _REASONS[wanted]))
+        return wanted
+    if asked == wanted or _strict.get():
+        raise KernelFallback(f"{op} has no {wanted} implementation for this call: {obstacle}")
     _note(Choice(op, "reference", obstacle))
     return "reference"
 
@@ -119,23 +133,32 @@ def recording() -> Iterator[dict[Choice, None]]:
 
 
 def check_all() -> list[CheckResult]:
-    """Check every op against its reference: each op's package may offer ``check() -> (error, tolerance)``."""
+    """Check every op against its reference: each op's package may offer ``check() -> (error, tolerance)``.
+
+    On the CPU; and where there is a GPU, ``check(device)`` of the ops with Triton kernels on that.
+    """
     results = []
     for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/__init__.py")):
         module = importlib.import_module(f"{__package__}.{folder.name}")
         if not hasattr(module, "check"):
             continue
-        op = folder.name
-        obstacle = _obstacle(torch.device("cpu"), torch.float32, ())
-        used = "native" if obstacle is None else "reference"
-        try:
-            error, tolerance = module.check()
-        except (RuntimeError, ValueError, OSError) as failure:
-            results.append(CheckResult(op, used, False, float("inf"), 0.0, str(failure)))
-            continue
-        results.append(CheckResult(op, used, error <= tolerance, error, tolerance,
-                                   obstacle or "native code for this processor"))
+        results.append(_checked(folder.name, module.check, torch.device("cpu")))
+        if torch.cuda.is_available() and (folder / "triton.py").exists():
+            results.append(_checked(folder.name, module.check, torch.device("cuda", torch.cuda.current_device())))
     return results
+
+
+def _checked(op: str, check: Callable[..., tuple[float, float]], device: torch.device) -> CheckResult:
+    if device.type == "cpu":
+        best, obstacle, name = "native", _obstacle(device, torch.float32, ()), op
+    else:
+        best, obstacle, name = "triton", gpu.obstacle(device, torch.float32, ()), f"{op} on {device.type}"
+    used = best if obstacle is None else "reference"
+    try:
+        error, tolerance = check() if device.type == "cpu" else check(device)
+    except (RuntimeError, ValueError, OSError) as failure:
+        return CheckResult(name, used, False, float("inf"), 0.0, str(failure))
+    return CheckResult(name, used, error <= tolerance, error, tolerance, obstacle or _REASONS[best])
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, lacks: Sequence[str]) -> str | None:

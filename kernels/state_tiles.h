@@ -87,6 +87,7 @@ constexpr int FORWARD_STATES = MC_WIDTH == 16 ? 8 : 4;
 // -- Mamba-2: a vector holds W neighbouring states of one row of a head ------------------------------------------------
 
 constexpr int HEAD_ROWS = 2;                     // rows in registers
+constexpr int64_t AHEAD_ROWS = 16;               // on their way from memory
 constexpr int VECTORS = MC_WIDTH == 16 ? 8 : 4;  // vectors of states in registers, a row
 
 // What a tile holds of one head: a number a token.
@@ -175,11 +176,13 @@ MC_INLINE void advance_head(int64_t rows, int64_t tokens, int64_t padded, int64_
         const int count = int(std::min<int64_t>(W, rows - first));
         for (int64_t i = 0; i < tokens * W; ++i) lanes[i] = zero();
         int r = 0;
-        if (tokens == 1)  // the state comes from memory
-            for (int64_t i = 0; i < W * padded; i += 16) __builtin_prefetch(from + (first + W) * padded + i, 0, 2);
-        for (; r + HEAD_ROWS <= count; r += HEAD_ROWS)
-            for_vectors<VECTORS>(padded / W, HeadRows<HEAD_ROWS>{tokens, padded, stride, &at, B, C, x + first + r,
-                                                                 from + (first + r) * padded, to + (first + r) * padded, lanes + r});
+        for (; r + HEAD_ROWS <= count; r += HEAD_ROWS) {
+            const float* rows_from = from + (first + r) * padded;
+            for (int64_t i = 0; tokens == 1 && i < HEAD_ROWS * padded; i += 16)  // then the state comes from memory
+                __builtin_prefetch(rows_from + AHEAD_ROWS * padded + i, 0, 3);
+            for_vectors<VECTORS>(padded / W, HeadRows<HEAD_ROWS>{tokens, padded, stride, &at, B, C, x + first + r, rows_from,
+                                                                 to + (first + r) * padded, lanes + r});
+        }
         for (; r < count; ++r)
             for_vectors<VECTORS>(padded / W, HeadRows<1>{tokens, padded, stride, &at, B, C, x + first + r,
                                                          from + (first + r) * padded, to + (first + r) * padded, lanes + r});

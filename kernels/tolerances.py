@@ -13,6 +13,12 @@ from torch import Tensor
 
 FORWARD = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 GRADIENT = {torch.float64: 1e-10, torch.float32: 5e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+# Triton against the fp64 reference of the same rounded inputs. fp32: exponentials and roots are a few units off in the
+# last place.
+TRITON_FORWARD = {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+TRITON_GRADIENT = {torch.float32: 2e-5, torch.bfloat16: 6e-3, torch.float16: 2e-3}
+TRITON_CHUNKED = 2e-5  # the scan of Mamba-2 in fp32: its decays are differences of sums over a chunk
+TRITON_CODES = 1e-3  # share of int8 codes that may be one off their reference's
 CHUNKED_VERSUS_STEPS = 1e-5  # the chunked scan of Mamba-2 against its decode steps, fp32
 
 
@@ -38,4 +44,5 @@ def compare(op: Callable[..., tuple[Tensor, Tensor]], reference: Callable[..., t
         first, second = function(*leaves)
         gradients = torch.autograd.grad((first.sum() + second.sum(),), leaves)
         results.append([first, second, *gradients])
-    return max(rms_ratio(a, b) for a, b in zip(*results, strict=True)), GRADIENT[torch.float32]
+    tolerance = GRADIENT if inputs[0].device.type == "cpu" else TRITON_GRADIENT
+    return max(rms_ratio(a, b) for a, b in zip(*results, strict=True)), tolerance[torch.float32]

@@ -8,6 +8,8 @@ Legend: B batch, L tokens, E channels, K width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,11 +42,12 @@ def causal_conv1d(
     check_shapes("causal_conv1d", x_BLE, weight_EK, bias_E, act_scale_E, initial_state, seq_idx_BL)
     check_scales("causal_conv1d", x_BLE, weight_EK, x_scale, weight_scale_E, initial_state)
     lacks = _lacks(x_BLE, weight_EK, bias_E, act_scale_E, x_scale, weight_scale_E)
-    if choose("causal_conv1d", x_BLE.device, x_BLE.dtype, lacks) == "native":
+    ran = choose("causal_conv1d", x_BLE.device, x_BLE.dtype, lacks, lacks)
+    if ran != "reference":
         resets_BL = None if seq_idx_BL is None else ~same_as_previous(seq_idx_BL)
-        y_BLE = causal_conv1d_cpu(x_BLE, weight_EK, bias_E, activation=activation, act_scale_E=act_scale_E,
-                                  initial_state=initial_state, resets_BL=resets_BL,
-                                  scale_E=scale_of_sums(x_scale, weight_scale_E, x_BLE.shape[2], x_BLE.device))
+        y_BLE = _conv(ran)(x_BLE, weight_EK, bias_E, activation=activation, act_scale_E=act_scale_E,
+                           initial_state=initial_state, resets_BL=resets_BL,
+                           scale_E=scale_of_sums(x_scale, weight_scale_E, x_BLE.shape[2], x_BLE.device))
         return y_BLE, last_inputs(x_BLE, initial_state, weight_EK.shape[1] - 1, seq_idx_BL)
     return causal_conv1d_reference(x_BLE, weight_EK, bias_E, activation=activation, act_scale_E=act_scale_E,
                                    initial_state=initial_state, seq_idx_BL=seq_idx_BL, x_scale=x_scale,
@@ -62,18 +65,27 @@ def same_conv1d(
     check_shapes("same_conv1d", x_BLE, weight_EK, bias_E, act_scale_E, None, None)
     check_scales("same_conv1d", x_BLE, weight_EK, x_scale, weight_scale_E, None)
     lacks = _lacks(x_BLE, weight_EK, bias_E, act_scale_E, x_scale, weight_scale_E)
-    if choose("same_conv1d", x_BLE.device, x_BLE.dtype, lacks) == "native":
-        return causal_conv1d_cpu(x_BLE, weight_EK, bias_E, activation=activation, act_scale_E=act_scale_E,
-                                 initial_state=None, resets_BL=None,
-                                 scale_E=scale_of_sums(x_scale, weight_scale_E, x_BLE.shape[2], x_BLE.device),
-                                 ahead=tokens_ahead(weight_EK.shape[1]))
+    ran = choose("same_conv1d", x_BLE.device, x_BLE.dtype, lacks, lacks)
+    if ran != "reference":
+        return _conv(ran)(x_BLE, weight_EK, bias_E, activation=activation, act_scale_E=act_scale_E,
+                          initial_state=None, resets_BL=None,
+                          scale_E=scale_of_sums(x_scale, weight_scale_E, x_BLE.shape[2], x_BLE.device),
+                          ahead=tokens_ahead(weight_EK.shape[1]))
     return same_conv1d_reference(x_BLE, weight_EK, bias_E, activation=activation, act_scale_E=act_scale_E,
                                  x_scale=x_scale, weight_scale_E=weight_scale_E)
 
 
+def _conv(backend: str) -> Callable[..., Tensor]:
+    if backend == "triton":
+        from mambacompress.kernels.causal_conv1d.triton import causal_conv1d_triton
+
+        return causal_conv1d_triton
+    return causal_conv1d_cpu
+
+
 def _lacks(x: Tensor, weight: Tensor, bias: Tensor | None, act_scale: Tensor | None, x_scale: Tensor | float | None,
            weight_scale: Tensor | None) -> list[str]:
-    """What native code cannot do of a call."""
+    """What native code and Triton cannot do of a call."""
     quantized = x_scale is not None or weight_scale is not None
     learns = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (
         x, weight, bias, act_scale, x_scale, weight_scale))
@@ -111,10 +123,11 @@ def check_scales(op: str, x: Tensor, weight: Tensor, x_scale: Tensor | float | N
         raise TypeError(f"{op}: x is {x.dtype} and initial_state {state.dtype}: both hold codes, or neither")
 
 
-def check() -> tuple[float, float]:
+def check(device: torch.device | str = "cpu") -> tuple[float, float]:
     """(RMS ratio of what runs here to the fp64 reference, its tolerance), outputs and gradients of a small problem."""
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((2, 35, 40), (40, 4), (40,))]
+    leaves = [leaf.to(device) for leaf in leaves]
     causal, tolerance = compare(causal_conv1d, causal_conv1d_reference, leaves)
     same, _ = compare(lambda *t: (same_conv1d(*t), t[0]), lambda *t: (same_conv1d_reference(*t), t[0]), leaves)
     return max(causal, same), tolerance

@@ -54,9 +54,19 @@ def check_arguments(x: Tensor, signs: Tensor | None, block: int | None) -> None:
 
 def _run(x: Tensor, signs: Tensor | None, block: int, transpose: bool) -> Tensor:
     foreign = ["signs on another device"] if signs is not None and signs.device != x.device else []
-    if registry.choose("hadamard", x.device, x.dtype, foreign) == "native":
+    ran = registry.choose("hadamard", x.device, x.dtype, foreign, [*foreign, *_triton_lacks(block)])
+    if ran == "triton":
+        from mambacompress.kernels.hadamard.triton import hadamard_triton
+
+        return hadamard_triton(x, signs, block, transpose)
+    if ran == "native":
         return hadamard_native(x, signs, block, transpose)
     return hadamard_reference(x, signs, block=block, transpose=transpose)
+
+
+def _triton_lacks(block: int) -> list[str]:
+    base, power = split(block)  # type: ignore[misc]
+    return [f"blocks of {block}"] if base * max(1, power // 128) > 64 else []
 
 
 @torch.library.custom_op("mambacompress::hadamard", mutates_args=())
@@ -99,7 +109,12 @@ def hadamard_int8(x: Tensor, signs: Tensor | None = None, *, block: int | None =
 def _run_int8(x: Tensor, signs: Tensor | None, block: int, transpose: bool, act_scale: Tensor | None,
               act_bits: int) -> tuple[Tensor, Tensor]:
     foreign = ["signs on another device"] if signs is not None and signs.device != x.device else []
-    if registry.choose("hadamard_int8", x.device, x.dtype, foreign) == "native":
+    ran = registry.choose("hadamard_int8", x.device, x.dtype, foreign, [*foreign, *_triton_lacks(block)])
+    if ran == "triton":
+        from mambacompress.kernels.hadamard.triton import hadamard_int8_triton
+
+        return hadamard_int8_triton(x, signs, block, transpose, act_scale, act_bits)
+    if ran == "native":
         return hadamard_int8_native(x, signs, block, transpose, act_scale, act_bits)
     return quantized(hadamard_reference(x, signs, block=block, transpose=transpose), act_scale, act_bits)
 
@@ -112,13 +127,14 @@ def _fake_int8(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty_codes(x)
 
 
-def check() -> tuple[float, float]:
-    """(largest difference to the reference, 0) on this machine, for ``doctor``: the same additions, the same bits."""
-    x = torch.randn(3, 768, generator=torch.Generator().manual_seed(0))
+def check(device: torch.device | str = "cpu") -> tuple[float, float]:
+    """(largest difference to the reference, its tolerance) on this machine, for ``doctor``: native code makes the same
+    additions, and gives the same bits; Triton's matrix products add in another order, and may move a code by one."""
+    x = torch.randn(3, 768, generator=torch.Generator().manual_seed(0)).to(device)
     y = hadamard_reference(x)
     pairs = [(_run(x, None, 768, False), y), *zip(_run_int8(x, None, 768, False, None, 8), quantized(y, None, 8),
                                                   strict=True)]
-    return max(float((got.float() - want.float()).abs().max()) for got, want in pairs), 0.0
+    return max(float((got.float() - want.float()).abs().max()) for got, want in pairs), float(x.device.type != "cpu")
 
 
 __all__ = ["BASES", "base_matrix", "check", "hadamard", "hadamard_int8", "hadamard_matrix", "hadamard_reference",

@@ -24,6 +24,8 @@ from mambacompress.kernels.int4_linear.reference import (
 from mambacompress.kernels.int8_linear import BYTES, check_input, lacks, qmax_of, tile, wide_dtype
 from mambacompress.kernels.int8_linear.cpu import native_linear
 
+TRITON_GROUPS = (32, 64, 128, 256)  # a tile of a product is a group, of at least what tensor cores take at a time
+
 
 def int4_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None = None, bias: Tensor | None = None, *,
@@ -59,11 +61,23 @@ def check_arguments(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | No
 
 def _run(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int,
          activation: str, act_scale: Tensor | None, act_bits: int, tiled: bool) -> Tensor:
-    if registry.choose("int4_linear", x.device, x.dtype, lacks(x, qweight, scale)) == "native":
+    missing = lacks(x, qweight, scale)
+    ran = registry.choose("int4_linear", x.device, x.dtype, missing, [*missing, *_triton_lacks(group_size, tiled)])
+    if ran == "triton":
+        from mambacompress.kernels.int4_linear.triton import int4_linear_triton
+
+        return int4_linear_triton(x, qweight, scale, zero, bias, group_size, activation, act_scale, act_bits)
+    if ran == "native":
         return native_linear("mc_int4_linear", x, qweight, scale, zero, bias, scale.shape[1], activation, act_scale,
                               act_bits, tiled)
     return int4_linear_reference(x, qweight, scale, zero, bias, group_size=group_size, activation=activation,
                                  act_scale=act_scale, act_bits=act_bits, tiled=tiled)
+
+
+def _triton_lacks(group_size: int, tiled: bool) -> list[str]:
+    whole = group_size in TRITON_GROUPS
+    return [what for what, missing in (
+        (f"groups of {group_size}", not whole), ("weights in the tiles of a processor", tiled)) if missing]
 
 
 @torch.library.custom_op("mambacompress::int4_linear", mutates_args=())
@@ -97,20 +111,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _op.register_autograd(_backward, setup_context=_setup)
 
-def check() -> tuple[float, float]:
+def check(device: torch.device | str = "cpu") -> tuple[float, float]:
     """(largest difference to the reference, 0) on this machine, for ``doctor``: integer products are exact."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randint(0, 256, (40, 96), generator=generator, dtype=torch.uint8)
-    scale, worst = torch.rand(40, 3, generator=generator), 0.0
+    q = torch.randint(0, 256, (40, 96), generator=generator, dtype=torch.uint8).to(device)
+    scale, worst = torch.rand(40, 3, generator=generator).to(device), 0.0
     tiles, tile_scale = q.clone(), scale.clone()
     tile(tiles, BYTES)
     tile(tile_scale, 1)
     for rows in (1, 30):
-        x = torch.randn(rows, 192, generator=generator)
+        x = torch.randn(rows, 192, generator=generator).to(device)
         reference = int4_linear_reference(x, q, scale, group_size=64)
-        for y in (int4_linear(x, q, scale, group_size=64),
-                  int4_linear(x, tiles, tile_scale, group_size=64, tiled=True)):
-            worst = max(worst, float((y - reference).abs().max()))
+        results = [int4_linear(x, q, scale, group_size=64)]
+        if x.device.type == "cpu":
+            results.append(int4_linear(x, tiles, tile_scale, group_size=64, tiled=True))
+        worst = max(worst, *(float((y - reference).abs().max()) for y in results))
     return worst, 0.0
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels import native, registry
-from mambacompress.kernels.int8_linear.cpu import native_linear
+from mambacompress.kernels.int8_linear.cpu import native_linear, packed_rows
 from mambacompress.kernels.int8_linear.reference import (
     MODES,
     int8_linear_reference,
@@ -74,7 +74,14 @@ def check_input(op: str, x: Tensor, outputs: int, inputs: int, bias: Tensor | No
 
 def _run(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str, act_scale: Tensor | None,
          act_bits: int, tiled: bool) -> Tensor:
-    if registry.choose("int8_linear", x.device, x.dtype, lacks(x, qweight, scale)) == "native":
+    missing = lacks(x, qweight, scale)
+    tiles = ["weights in the tiles of a processor"] if tiled else []
+    ran = registry.choose("int8_linear", x.device, x.dtype, missing, [*missing, *tiles])
+    if ran == "triton":
+        from mambacompress.kernels.int8_linear.triton import int8_linear_triton
+
+        return int8_linear_triton(x, qweight, scale, bias, activation, act_scale, act_bits)
+    if ran == "native":
         return native_linear("mc_int8_linear", x, qweight, scale, None, bias, 1, activation, act_scale, act_bits,
                               tiled)
     return int8_linear_reference(x, qweight, scale, bias, activation=activation, act_scale=act_scale, act_bits=act_bits,
@@ -82,7 +89,7 @@ def _run(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activat
 
 
 def lacks(x: Tensor, *weights: Tensor) -> list[str]:
-    """What the native linears cannot do of a call."""
+    """What the native linears and those in Triton cannot do of a call."""
     missing = [] if x.shape[-1] < LARGEST_INPUTS else [f"rows of {x.shape[-1]} inputs"]
     return missing if all(weight.device == x.device for weight in weights) else [*missing, "a weight on another device"]
 
@@ -118,20 +125,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _op.register_autograd(_backward, setup_context=_setup)
 
-def check() -> tuple[float, float]:
+def check(device: torch.device | str = "cpu") -> tuple[float, float]:
     """(largest difference to the reference, 0) on this machine, for ``doctor``: integer products are exact."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randint(-127, 128, (40, 192), generator=generator, dtype=torch.int8)
-    scale, worst = torch.rand(40, generator=generator), 0.0
+    q = torch.randint(-127, 128, (40, 192), generator=generator, dtype=torch.int8).to(device)
+    scale, worst = torch.rand(40, generator=generator).to(device), 0.0
     tiles = q.clone()
     tile(tiles, BYTES)
     for rows in (1, 30):
-        x = torch.randn(rows, 192, generator=generator)
+        x = torch.randn(rows, 192, generator=generator).to(device)
         reference = int8_linear_reference(x, q, scale)
-        for y in (int8_linear(x, q, scale), int8_linear(x, tiles, scale, tiled=True)):
-            worst = max(worst, float((y - reference).abs().max()))
+        results = [int8_linear(x, q, scale)]
+        if x.device.type == "cpu":
+            results.append(int8_linear(x, tiles, scale, tiled=True))
+        worst = max(worst, *(float((y - reference).abs().max()) for y in results))
     return worst, 0.0
 
 
 __all__ = ["BYTES", "MODES", "can_be_tiled", "check", "check_input", "int8_linear", "int8_linear_reference",
-           "int_matmul", "lacks", "qmax_of", "quantize_rows", "rows_of", "tile", "untiled", "weight_only", "wide_dtype"]
+           "int_matmul", "lacks", "packed_rows", "qmax_of", "quantize_rows", "rows_of", "tile", "untiled",
+           "weight_only", "wide_dtype"]

@@ -52,4 +52,25 @@ def native_linear(function: str, x: Tensor, weight: Tensor, scale: Tensor | None
     return y
 
 
-__all__ = ["native_linear"]
+def packed_rows(ids: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None = None, *, groups: int = 1,
+                tiled: bool = False) -> Tensor:
+    """Rows ids [R] (int64, contiguous) of a packed table as fp32 [R, I]: int8 [O, I] with scale [O], or uint8
+    [O, I/2] with scale and zero [O, G]. All contiguous and on the CPU. Raises IndexError for a row that is not there.
+    """
+    rows, nibbles = len(ids), weight.dtype == torch.uint8
+    inputs = weight.shape[1] * (2 if nibbles else 1)
+    y = torch.empty(rows, inputs)
+    if rows == 0:
+        return y
+    lowest, highest = ids.aminmax()
+    if int(lowest) < 0 or int(highest) >= len(weight):
+        raise IndexError(f"row {int(lowest) if int(lowest) < 0 else int(highest)} of a table of {len(weight)} rows")
+    function = native.function("mc_int4_rows" if nibbles else "mc_int8_rows", (ctypes.c_char_p,))
+    function(_LINEAR.pack(
+        rows, inputs, len(weight), groups, torch.get_num_threads(), 2, 8, 1, inputs, 0, 0,
+        native.DTYPE_CODES[scale.dtype], tiled_outputs(weight) if tiled else 0, ids.data_ptr(), weight.data_ptr(),
+        scale.data_ptr(), 0 if zero is None else zero.data_ptr(), 0, 0, y.data_ptr()))
+    return y
+
+
+__all__ = ["native_linear", "packed_rows"]

@@ -9,6 +9,7 @@ Legend: B batch, L tokens, D d_model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def check() -> tuple[float, float]:
     h_BLD = randn(2, 19, 24)
     with torch.no_grad():
         (y, new), (y_ref, new_ref) = (op(h_BLD, [s6, ssd]) for op in (mixer_prefill, mixer_prefill_reference))
-    pairs = [(y, y_ref)]
+    pairs: list[Any] = [(y, y_ref)]
     pairs += [(a, b) for n, r in zip(new, new_ref, strict=True) for a, b in zip(n, r, strict=True)]
     return max(rms_ratio(a, b) for a, b in pairs), TOLERANCE
 

@@ -204,7 +204,7 @@ struct Walker {
         tasks.shape_rows(all.ready);
         each_row(4, [&](int64_t m) {
             float* low = all.low.get() + m * all.low_row;
-            if (k.inner_norm) norm_low(k, low, low, mine.row.get());
+            if (changes_low(k)) finish_low(k, low, low, mine.row.get());
             quantize(tasks, m, low);
         });
         const int64_t per_group = k.channels / k.groups;
@@ -234,22 +234,26 @@ struct Walker {
         if (from && !s.from_states_first) gather(from, N, count, state);
         const V bias = load_part(k.dt_bias + c, count), D = k.D ? load_part(k.D + c, count) : zero();
         const V gate_scale = k.gate_scale ? load_part(k.gate_scale + c, count) : set1(1.0f);
+        const auto from_channel = [&](const float* scale) { return scale ? scale + c : nullptr; };
+        const float *u_scale = from_channel(k.u_scale), *dt_scale = from_channel(k.dt_scale), *z_scale = from_channel(k.z_scale);
         const bool restart[TILE] = {};
         for (int64_t start = 0; start < segment.tokens; start += TILE) {
             const int64_t tokens = std::min(TILE, segment.tokens - start);
             float* in = in_row(segment.row + start) + c;
             const float* B = all.low.get() + (segment.row + start) * all.low_row + k.rank + group * N;
-            V step[TILE], input[TILE], y[TILE];
+            V u[TILE], step[TILE], input[TILE], y[TILE];
             for (int64_t t = 0; t < tokens; ++t) {
-                step[t] = softplus(load_part(dt + (start + t) * RUN, count) + bias);
-                input[t] = step[t] * load_part(in + t * all.in_row, count);
+                const V raw = load_part(dt + (start + t) * RUN, count);
+                u[t] = through_int8(load_part(in + t * all.in_row, count), u_scale, count);
+                step[t] = softplus(through_int8(raw, dt_scale, count) + bias);
+                input[t] = step[t] * u[t];
                 y[t] = zero();
             }
             for_states<FORWARD_STATES>(N, Advance{N, tokens, decay, B, B + k.groups * N, step, input, restart, state, state, y,
                                                   W, W, W, all.low_row});
             for (int64_t t = 0; t < tokens; ++t) {
                 float* at = in + t * all.in_row;
-                const V out = k.D ? fma(D, load_part(at, count), y[t]) : y[t], z = load_part(at + E, count);
+                const V out = k.D ? fma(D, u[t], y[t]) : y[t], z = through_int8(load_part(at + E, count), z_scale, count);
                 store_part(at, out * (z * sigmoid(gate_scale * z)), count);
             }
         }

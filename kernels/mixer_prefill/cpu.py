@@ -23,8 +23,8 @@ def lacks(block: S6Block | SSDBlock) -> list[str]:
     matrices = [block.in_proj, block.out_proj]
     if isinstance(block, S6Block):
         matrices += [block.x_proj, block.dt_proj]
-    if any(matrix.scale is None for matrix in matrices):
-        missing.append("float matrices, which torch multiplies faster")
+    if any(matrix.weight.dtype == torch.bfloat16 for matrix in matrices):
+        missing.append("bf16 matrices, which torch multiplies faster")
     return missing
 
 

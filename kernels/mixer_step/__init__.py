@@ -20,7 +20,7 @@ from mambacompress.kernels.mixer_step.cpu import (
     NativeStep,
     fits,
     lacks,
-    next_state,
+    next_states,
 )
 from mambacompress.kernels.mixer_step.reference import (
     BlockState,
@@ -51,7 +51,7 @@ def mixer_step(h_BD: Tensor, blocks: Sequence[S6Block | SSDBlock],
     if choose("mixer_step", h_BD.device, h_BD.dtype, sorted(set(missing))) != "native":
         return mixer_step_reference(h_BD, list(blocks), list(states))
     step = NativeStep([NativeBlock(block) for block in blocks])
-    h_BD, new = h_BD.detach().clone(memory_format=torch.contiguous_format), [next_state(state) for state in states]
+    h_BD, new = h_BD.detach().clone(memory_format=torch.contiguous_format), next_states(states)
     step.run(h_BD, NativeStates(states, new))
     return h_BD, new
 
@@ -81,4 +81,4 @@ def check() -> tuple[float, float]:
 
 
 __all__ = ["MAX_BATCH", "BlockState", "Conv", "Matrix", "NativeBlock", "NativeStates", "NativeStep", "Rotation",
-           "S6Block", "SSDBlock", "check", "fits", "lacks", "mixer_step", "mixer_step_reference", "next_state"]
+           "S6Block", "SSDBlock", "check", "fits", "lacks", "mixer_step", "mixer_step_reference", "next_states"]

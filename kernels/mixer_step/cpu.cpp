@@ -186,8 +186,10 @@ struct Walker {
         for (int64_t c = first; c < last; c += W) {
             const int count = int(std::min<int64_t>(W, last - c));
             const bool whole = count == W;
-            const V u = load_part(u_row + c, count);
-            const V dt = softplus(load_part(dt_row + c, count) + load_part(k.dt_bias + c, count)), dtu = dt * u;
+            const auto from_channel = [&](const float* scale) MC_LAMBDA { return scale ? scale + c : nullptr; };
+            const V u = through_int8(load_part(u_row + c, count), from_channel(k.u_scale), count);
+            const V raw = through_int8(load_part(dt_row + c, count), from_channel(k.dt_scale), count);
+            const V dt = softplus(raw + load_part(k.dt_bias + c, count)), dtu = dt * u;
             V y = zero();
             Advance advance{N, 1, k.decay + c, B, C, &dt, &dtu, restart, from_part, to_part, &y, E, W, W};
             if (!whole) {
@@ -197,7 +199,8 @@ struct Walker {
             if (s.codes_from) advance_codes(s, advance, m, c, E, count, from_part, to_part);
             else advance_floats(s, advance, m, c, E, count, from_part, to_part);
             V out = k.D ? fma(load_part(k.D + c, count), u, y) : y;
-            const V z = load_part(z_row + c, count), scale = k.gate_scale ? load_part(k.gate_scale + c, count) : set1(1.0f);
+            const V z = through_int8(load_part(z_row + c, count), from_channel(k.z_scale), count);
+            const V scale = k.gate_scale ? load_part(k.gate_scale + c, count) : set1(1.0f);
             store_part(all.y.get() + m * E + c, out * (z * sigmoid(scale * z)), count);
         }
     }
@@ -229,12 +232,12 @@ struct Walker {
             unpad(state, P, N, padded, s.to + row * N);
     }
 
-    // dt, B and C of row m behind their norms.
-    const float* normed_low(const Block& k, int64_t m) {
+    // dt, B and C of row m as what follows reads them.
+    const float* finished_low(const Block& k, int64_t m) {
         const float* low = all.low.get() + m * k.x.outputs;
-        if (!k.inner_norm) return low;
+        if (!changes_low(k)) return low;
         float* to = ready.low.get() + m * k.x.outputs;
-        norm_low(k, low, to, mine.row.get());
+        finish_low(k, low, to, mine.row.get());
         return to;
     }
 
@@ -270,11 +273,11 @@ struct Walker {
         });
         each_run(next[3], x_tasks, [](int64_t, int64_t) {});
         meet();
-        const float* low = k.inner_norm ? ready.low.get() : all.low.get();
+        const float* low = changes_low(k) ? ready.low.get() : all.low.get();
         const Tasks tasks = linear(k.dt, low, k.x.outputs, all.dt.get());
         tasks.shape_rows(ready.rows);
         each_row(next[4], [&](int64_t m) {
-            normed_low(k, m);
+            finished_low(k, m);
             quantize(tasks, m);
         });
         const int64_t per_group = E / k.groups;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _MATRIX = "8q5P"
 _ROTATION = "2q2P"
-_BLOCK = struct.Struct(f"@10q4d9P{_MATRIX * 4}{_ROTATION * 2}")  # ``Block`` of cpu.cpp
+_BLOCK = struct.Struct(f"@10q4d14P{_MATRIX * 4}{_ROTATION * 2}")  # ``Block`` of cpu.cpp
 _STATE = struct.Struct("@4P8q4P")  # ``State``
 _STEP = struct.Struct("@3q3P")  # ``Step``
 _MODES = {"token": 0, "tensor": 1, "none": 2}
@@ -40,7 +41,7 @@ def lacks(block: S6Block | SSDBlock) -> list[str]:
     floats = [block.norm, block.conv.weight, block.conv.bias, block.conv.act_scale, block.A, block.D, block.dt_bias]
     matrices = [block.in_proj, block.out_proj]
     if isinstance(block, S6Block):
-        floats.append(block.gate_scale)
+        floats += [block.gate_scale, *(block.scan_scales or ())]
         matrices += [block.x_proj, block.dt_proj]
     else:
         floats.append(block.gated_norm)
@@ -82,7 +83,8 @@ class NativeBlock:
         return (0, len(block.out_proj.weight), channels, states, block.groups, block.conv.weight.shape[1],
                 block.conv.activation, block.dt_proj.inputs, 0, eps is not None, block.norm_eps, eps or 0.0, 0.0, 0.0,
                 self._at(block.norm), *self._conv(block.conv), self._decay.data_ptr(), self._at(block.D),
-                self._at(block.dt_bias), self._at(block.gate_scale), 0, *self._matrix(block.in_proj),
+                self._at(block.dt_bias), self._at(block.gate_scale), 0,
+                *map(self._at, block.scan_scales or (None,) * 5), *self._matrix(block.in_proj),
                 *self._matrix(block.x_proj), *self._matrix(block.dt_proj), *self._matrix(block.out_proj),
                 *self._rotation(block.x_rotation), *self._rotation(block.out_rotation))
 
@@ -90,8 +92,9 @@ class NativeBlock:
         return (1, len(block.out_proj.weight), len(block.gated_norm), block.states, block.groups,
                 block.conv.weight.shape[1], block.conv.activation, 0, len(block.A), 0, block.norm_eps, block.gated_eps,
                 *block.dt_limit, self._at(block.norm), *self._conv(block.conv), self._at(block.A), self._at(block.D),
-                self._at(block.dt_bias), 0, self._at(block.gated_norm), *self._matrix(block.in_proj), *_NO_MATRIX,
-                *_NO_MATRIX, *self._matrix(block.out_proj), *self._rotation(None), *self._rotation(block.out_rotation))
+                self._at(block.dt_bias), 0, self._at(block.gated_norm), *(0,) * 5, *self._matrix(block.in_proj),
+                *_NO_MATRIX, *_NO_MATRIX, *self._matrix(block.out_proj), *self._rotation(None),
+                *self._rotation(block.out_rotation))
 
     @staticmethod
     def decay(A_EN: Tensor) -> Tensor:
@@ -134,20 +137,28 @@ def fits(state: BlockState) -> bool:
     return ssm.dtype == torch.float32 and (ssm.is_contiguous() or _states_first(ssm))
 
 
-def next_state(state: BlockState) -> BlockState:
-    """Memory for the state after a step; Mamba-1's as [B, N, E], so that a vector of channels is one load."""
-    conv, ssm = state
-    if isinstance(ssm, Int8State):
-        empty = Int8State(_next(ssm.codes), torch.empty_like(ssm.scale), torch.empty_like(ssm.step))
-        return BlockState(torch.empty(conv.shape), empty)
-    return BlockState(torch.empty(conv.shape), _next(ssm))
+def next_states(states: Sequence[BlockState], *, lasting: bool = False) -> list[BlockState]:
+    """Memory for the states after a step; Mamba-1's as [B, N, E], so that a vector of channels is one load.
 
-
-def _next(ssm: Tensor) -> Tensor:
-    if ssm.dim() == 3:
-        batch, channels, states = ssm.shape
-        return torch.empty(batch, states, channels, dtype=ssm.dtype).transpose(1, 2)
-    return torch.empty(ssm.shape, dtype=ssm.dtype)
+    lasting: one memory of huge pages for all, slow to get and quick to use: for states written again and again.
+    """
+    recurrent = [state.ssm.codes if isinstance(state.ssm, Int8State) else state.ssm for state in states]
+    if lasting:
+        memory = native.places([ssm.numel() * ssm.element_size() for ssm in recurrent])
+    else:
+        memory = [torch.empty(ssm.numel() * ssm.element_size(), dtype=torch.uint8) for ssm in recurrent]
+    new = []
+    for state, ssm, place in zip(states, recurrent, memory, strict=True):
+        values = place.view(ssm.dtype)
+        if ssm.dim() == 3:
+            batch, channels, size = ssm.shape
+            values = values.view(batch, size, channels).transpose(1, 2)
+        else:
+            values = values.view(ssm.shape)
+        after = (Int8State(values, torch.empty_like(state.ssm.scale), torch.empty_like(state.ssm.step))
+                 if isinstance(state.ssm, Int8State) else values)
+        new.append(BlockState(torch.empty(state.conv.shape), after))
+    return new
 
 
 def _states_first(ssm: Tensor) -> bool:
@@ -161,7 +172,8 @@ class NativeStates:
     def __init__(self, old: Sequence[BlockState] | None, new: Sequence[BlockState]) -> None:
         """old: zeros where None, for a prefill."""
         self.old, self.new = old, new
-        self._bytes = b"".join(self._pack(a, b) for a, b in zip(old or [None] * len(new), new, strict=True))
+        before = repeat(None, len(new)) if old is None else old
+        self._bytes = b"".join(self._pack(a, b) for a, b in zip(before, new, strict=True))
         self._buffer = ctypes.create_string_buffer(self._bytes, len(self._bytes))
         self.address = ctypes.addressof(self._buffer)
 
@@ -196,4 +208,4 @@ class NativeStep:
             len(h_BD), len(self.blocks), torch.get_num_threads(), self._address, states.address, h_BD.data_ptr()))
 
 
-__all__ = ["MAX_BATCH", "NativeBlock", "NativeStates", "NativeStep", "fits", "lacks", "next_state"]
+__all__ = ["MAX_BATCH", "NativeBlock", "NativeStates", "NativeStep", "fits", "lacks", "next_states"]

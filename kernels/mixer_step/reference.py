@@ -78,7 +78,7 @@ class S6Block:
     """Mamba-1. in_proj rows [x, z], x_proj rows [dt, B, C]. A: [E, N], negative; D, dt_bias, gate_scale: [E].
 
     norm: [D], or None where the input is normed already and no residual is to be added. inner_eps: of norms without a
-    weight on dt, B and C (FalconMamba), or None.
+    weight on dt, B and C (FalconMamba), or None. scan_scales: of the scan's int8 inputs u, dt, B, C and z, or None.
     """
 
     norm: Tensor | None
@@ -96,6 +96,7 @@ class S6Block:
     inner_eps: float | None = None
     x_rotation: Rotation | None = None
     out_rotation: Rotation | None = None
+    scan_scales: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,12 @@ def _s6(x_BLD: Tensor, block: S6Block, state: BlockState) -> tuple[Tensor, Block
     if block.inner_eps is not None:
         dt_BLR, B_BLGN, C_BLGN = (rms_norm(t, None, block.inner_eps) for t in (dt_BLR, B_BLGN, C_BLGN))
     step: Any = selective_state_update_int8 if isinstance(state.ssm, Int8State) else selective_state_update
-    y_BE, final = step(state.ssm, u_BLE[:, 0], _linear(dt_BLR, block.dt_proj)[:, 0], block.A, B_BLGN[:, 0],
-                       C_BLGN[:, 0], block.D, z_BLE[:, 0], block.dt_bias, z_scale_E=block.gate_scale)
+    read = [u_BLE, _linear(dt_BLR, block.dt_proj), B_BLGN, C_BLGN, z_BLE]
+    if block.scan_scales is not None:
+        read = [_through_int8(x, scale) for x, scale in zip(read, block.scan_scales, strict=True)]
+    u_BE, dt_BE, B_BGN, C_BGN, z_BE = (x[:, 0] for x in read)
+    y_BE, final = step(state.ssm, u_BE, dt_BE, block.A, B_BGN, C_BGN, block.D, z_BE, block.dt_bias,
+                       z_scale_E=block.gate_scale)
     return _linear(_rotated(y_BE[:, None], block.out_rotation), block.out_proj), BlockState(conv_state, final)
 
 
@@ -174,6 +179,10 @@ def _linear(x: Tensor, matrix: Matrix) -> Tensor:
 def _conv(x_BLC: Tensor, conv: Conv, state: BlockState) -> tuple[Tensor, Tensor]:
     return causal_conv1d(x_BLC, conv.weight, conv.bias, activation=conv.activation, act_scale_E=conv.act_scale,
                          initial_state=state.conv)
+
+
+def _through_int8(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.clamp(torch.round(x / scale), -127, 127) * scale
 
 
 def _rotated(x: Tensor, rotation: Rotation | None) -> Tensor:

@@ -8,6 +8,7 @@ Legend: D channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None = None,
     Differentiable (through the reference).
     """
     check_norm("add_rms_norm", x, weight, residual)
-    if native.runs_directly(x, residual, weight) and chosen("add_rms_norm", x, residual, weight):
+    ran = chosen("add_rms_norm", x, residual, weight) if native.runs_directly(x, residual, weight) else "reference"
+    if ran == "native":
         return add_rms_norm_native(x, residual, weight, eps)
+    if ran == "triton":
+        from mambacompress.kernels.rms_norm.triton import add_rms_norm_triton
+
+        return add_rms_norm_triton(x, residual, weight, eps)
     total = x + residual
     return rms_norm_reference(total, weight, eps), total
 
@@ -80,10 +86,11 @@ def check_gated(op: str, x: Tensor, z: Tensor, weight: Tensor, group_size: int) 
         raise ValueError(f"{op}: groups of {group_size} do not divide {x.shape[-1]} channels")
 
 
-def chosen(op: str, x: Tensor, *others: Tensor | None) -> bool:
-    """Whether native code runs an op on x and its other inputs (weights, gates, residuals)."""
+def chosen(op: str, x: Tensor, *others: Tensor | None) -> str:
+    """Which backend runs an op on x and its other inputs (weights, gates, residuals)."""
     foreign = [other for other in others if other is not None and (other.device != x.device or not _known(other))]
-    return registry.choose(op, x.device, x.dtype, ["a weight of another kind"] if foreign else []) == "native"
+    lacks = ["a weight of another kind"] if foreign else []
+    return registry.choose(op, x.device, x.dtype, lacks, lacks)
 
 
 def _known(tensor: Tensor) -> bool:
@@ -92,9 +99,18 @@ def _known(tensor: Tensor) -> bool:
 
 def _run(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, act_scale: Tensor | None,
          act_bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    if chosen("rms_norm_int8", x, residual, weight):
-        return rms_norm_int8_native(x, None, residual, weight, eps, x.shape[-1], act_scale, act_bits)
+    ran = chosen("rms_norm_int8", x, residual, weight)
+    if ran != "reference":
+        return _norm_int8(ran)(x, None, residual, weight, eps, x.shape[-1], act_scale, act_bits)
     return rms_norm_int8_reference(x, residual, weight, eps, act_scale, act_bits)
+
+
+def _norm_int8(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    if backend == "triton":
+        from mambacompress.kernels.rms_norm.triton import rms_norm_int8_triton
+
+        return rms_norm_int8_triton
+    return rms_norm_int8_native
 
 
 _op = torch.library.custom_op("mambacompress::rms_norm_int8", _run, mutates_args=())
@@ -107,8 +123,9 @@ def _fake(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tenso
 
 def _run_gated(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, act_scale: Tensor | None,
                act_bits: int) -> tuple[Tensor, Tensor]:
-    if z.dtype == x.dtype and chosen("gated_rms_norm_int8", x, z, weight):
-        return rms_norm_int8_native(x, z, None, weight, eps, group_size, act_scale, act_bits)[:2]
+    ran = chosen("gated_rms_norm_int8", x, z, weight) if z.dtype == x.dtype else "reference"
+    if ran != "reference":
+        return _norm_int8(ran)(x, z, None, weight, eps, group_size, act_scale, act_bits)[:2]
     return quantized(gated_rms_norm_reference(x, z, weight, eps, group_size), act_scale, act_bits)
 
 

@@ -5,6 +5,7 @@ Legend: B batch, L tokens, E channels, N d_state, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,17 +64,28 @@ def selective_scan(
     if scales is not None and _learns(*tensors, z_scale_E, initial_state_BEN, *scales.tensors()):
         tensors, scales = _dequantized(tensors, scales), None  # the values native code would make in registers
     lacks = _lacks(tensors, initial_state_BEN)
-    if choose("selective_scan", u_BLE.device, u_BLE.dtype, lacks) != "native":
+    ran = choose("selective_scan", u_BLE.device, u_BLE.dtype, lacks, lacks)
+    if ran == "reference":
         return selective_scan_reference(
             *tensors, dt_softplus=dt_softplus, z_scale_E=z_scale_E, initial_state_BEN=initial_state_BEN,
             reverse=reverse, window=window, seq_idx_BL=seq_idx_BL, scales=scales)
+    run = _scan(ran)
     if window is not None:
         return windowed_scan_cpu(
             *tensors, dt_softplus=dt_softplus, z_scale_E=z_scale_E, initial_state_BEN=initial_state_BEN,
-            reverse=reverse, window=window, seq_idx_BL=seq_idx_BL, scales=scales)
-    return selective_scan_cpu(
+            reverse=reverse, window=window, seq_idx_BL=seq_idx_BL, scales=scales, run=run)
+    y_BLE, final_BEN = run(
         *tensors, dt_softplus=dt_softplus, z_scale_E=z_scale_E, initial_state_BEN=initial_state_BEN, reverse=reverse,
         resets_BL=resets(seq_idx_BL, reverse), scales=scales)[:2]
+    return y_BLE, final_BEN
+
+
+def _scan(backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    if backend == "triton":
+        from mambacompress.kernels.selective_scan.triton_backward import selective_scan_triton
+
+        return selective_scan_triton
+    return selective_scan_cpu
 
 
 def selective_scan_states(
@@ -112,7 +124,7 @@ def _check(tensors: _Tensors, z_scale: Tensor | None, state: Tensor | None, seq_
 
 
 def _lacks(tensors: _Tensors, state: Tensor | None) -> list[str]:
-    """What native code cannot do of a call."""
+    """What native code and Triton cannot do of a call."""
     u, dt, A, B, C = tensors[:5]
     return [what for what, asked in (
         ("fp64 inputs", compute_dtype(dt, A, B, C, state) == torch.float64), ("an empty sequence", u.shape[1] == 0))
@@ -158,12 +170,12 @@ def check_scales(tensors: dict[str, Tensor | None], scales: ScanScales | None) -
             raise TypeError(f"selective_scan: {name} is int8 and has no scale; pass scales=ScanScales({name}=...)")
 
 
-def check() -> tuple[float, float]:
+def check(device: torch.device | str = "cpu") -> tuple[float, float]:
     """(RMS ratio of what runs here to the fp64 reference, its tolerance), outputs and gradients of a small problem."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
 
     leaves = [randn(2, 35, 40), randn(2, 35, 40), -randn(40, 16).abs(), randn(2, 35, 1, 16), randn(2, 35, 1, 16),
               randn(40),

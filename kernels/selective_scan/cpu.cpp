@@ -261,12 +261,15 @@ struct RetreatBlocks {
             block.dC = dC;
             block.template run<G>(first);
         }
+        alignas(64) float sums[2][TILE * G];
+        for (int64_t i = 0; i < walk.tokens * G; i += W) {
+            store(sums[0] + i, lane_sums(reinterpret_cast<const V*>(dB) + i));
+            store(sums[1] + i, lane_sums(reinterpret_cast<const V*>(dC) + i));
+        }
         for (int64_t t = 0; t < walk.tokens; ++t) {
-            int64_t row = ((b * p.length + start + t) * p.groups + group) * walk.N + first;
-            for (int i = 0; i < G; ++i) {
-                dB_part[row + i] = lane_sum(load(dB + (t * G + i) * W));
-                dC_part[row + i] = lane_sum(load(dC + (t * G + i) * W));
-            }
+            const int64_t row = ((b * p.length + start + t) * p.groups + group) * walk.N + first;
+            std::memcpy(dB_part + row, sums[0] + t * G, sizeof(float) * G);
+            std::memcpy(dC_part + row, sums[1] + t * G, sizeof(float) * G);
         }
     }
 };

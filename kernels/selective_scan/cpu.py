@@ -8,6 +8,7 @@ step.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -214,9 +215,10 @@ def windowed_scan_cpu(
     u_BLE: Tensor, dt_BLE: Tensor, A_EN: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_E: Tensor | None,
     z_BLE: Tensor | None, dt_bias_E: Tensor | None, *, dt_softplus: bool, z_scale_E: Tensor | None,
     initial_state_BEN: Tensor | None, reverse: bool, window: int, seq_idx_BL: Tensor | None, scales: Any,
+    run: Callable[..., tuple[Tensor, ...]] = selective_scan_cpu,
 ) -> tuple[Tensor, Tensor]:
-    """The locally bi-directional scan as two native ones: forward, plus backward with every window a sequence of its
-    own.
+    """The locally bi-directional scan as two plain ones (``run``: native, or Triton's): forward, plus backward with
+    every window a sequence of its own.
 
     H = hL + hR - b, so y is the sum of both scans less what a token adds itself, dt u (B . C), which both hold.
     """
@@ -232,8 +234,8 @@ def windowed_scan_cpu(
         seq_idx_BL = None if seq_idx_BL is None else seq_idx_BL.flip(1)
 
     def scan(backward: bool, initial: Tensor | None, resets_BL: Tensor | None) -> tuple[Tensor, Tensor]:
-        return selective_scan_cpu(u, dt, A_EN, B, C, None, None, None, dt_softplus=False, z_scale_E=None,
-                                  initial_state_BEN=initial, reverse=backward, resets_BL=resets_BL, scales=None)[:2]
+        return run(u, dt, A_EN, B, C, None, None, None, dt_softplus=False, z_scale_E=None, initial_state_BEN=initial,
+                   reverse=backward, resets_BL=resets_BL, scales=None)[:2]  # type: ignore[return-value]
 
     forward, final = scan(False, initial_state_BEN, resets(seq_idx_BL, False))
     backward, _ = scan(True, None, resets(window_ids(u, window, seq_idx_BL), True))
@@ -251,7 +253,7 @@ def windowed_scan_cpu(
 
 def window_ids(u_BLE: Tensor, window: int, seq_idx_BL: Tensor | None) -> Tensor:
     """[B, L]: which window a token is in; windows are counted from the first token of each packed sequence."""
-    position_L = torch.arange(u_BLE.shape[1])
+    position_L = torch.arange(u_BLE.shape[1], device=u_BLE.device)
     if seq_idx_BL is None:
         return (position_L // window).expand(u_BLE.shape[0], -1)
     starts_BL = ~same_as_previous(seq_idx_BL)

@@ -6,6 +6,8 @@ d_state, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from mambacompress.kernels.selective_state_update.reference import (
     selective_state_update_int8_reference,
     selective_state_update_reference,
 )
-from mambacompress.kernels.tolerances import FORWARD, rms_ratio
+from mambacompress.kernels.tolerances import FORWARD, TRITON_FORWARD, rms_ratio
 
 
 def selective_state_update(
@@ -55,10 +57,17 @@ def selective_state_update_int8(
                  None, None)
     check_scales({"u": u_BE, "dt": dt_BE, "B": B_BGN, "C": C_BGN, "z": z_BE}, scales)
     lacks = ["fp64 inputs"] if compute_dtype(dt_BE, A_EN, B_BGN, C_BGN) == torch.float64 else []
-    native = choose("selective_state_update_int8", u_BE.device, u_BE.dtype, lacks) == "native"
-    step = update_int8_cpu if native else selective_state_update_int8_reference
-    return step(state, u_BE, dt_BE, A_EN, B_BGN, C_BGN, D_E, z_BE, dt_bias_E, dt_softplus=dt_softplus,
-                z_scale_E=z_scale_E, scales=scales)
+    ran = choose("selective_state_update_int8", u_BE.device, u_BE.dtype, lacks, lacks)
+    return _step(ran)(state, u_BE, dt_BE, A_EN, B_BGN, C_BGN, D_E, z_BE, dt_bias_E, dt_softplus=dt_softplus,
+                      z_scale_E=z_scale_E, scales=scales)
+
+
+def _step(backend: str) -> Callable[..., tuple[Tensor, Int8State]]:
+    if backend == "triton":
+        from mambacompress.kernels.selective_state_update.triton import update_int8_triton
+
+        return update_int8_triton
+    return update_int8_cpu if backend == "native" else selective_state_update_int8_reference
 
 
 def selective_steps_int8(
@@ -76,14 +85,15 @@ def selective_steps_int8(
     return (torch.stack(y_L, 1) if y_L else u_BLE), state
 
 
-def check() -> tuple[float, float]:
+def check(device: torch.device | str = "cpu") -> tuple[float, float]:
     """(worst RMS ratio to the reference, its tolerance) of a step from an int8 state: of y, and of the new scales."""
     generator = torch.Generator().manual_seed(0)
-    h, u, dt, A, B, C, D, z = (torch.randn(shape, generator=generator) for shape in (
+    h, u, dt, A, B, C, D, z = (torch.randn(shape, generator=generator).to(device) for shape in (
         (2, 40, 16), (2, 40), (2, 40), (40, 16), (2, 1, 16), (2, 1, 16), (40,), (2, 40)))
     (y, new), (y_ref, new_ref) = (step(quantize_state(h), u, dt, -A.abs(), B, C, D, z) for step in (
         selective_state_update_int8, selective_state_update_int8_reference))
-    return max(rms_ratio(y, y_ref), rms_ratio(new.scale, new_ref.scale)), FORWARD[torch.float32]
+    tolerance = FORWARD if y.device.type == "cpu" else TRITON_FORWARD
+    return max(rms_ratio(y, y_ref), rms_ratio(new.scale, new_ref.scale)), tolerance[torch.float32]
 
 
 def _check_step(u_BE: Tensor, B_BGN: Tensor) -> None:

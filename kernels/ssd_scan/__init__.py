@@ -5,6 +5,8 @@ Legend: B batch, L tokens, H heads, P head_dim, G groups, N d_state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,13 +35,22 @@ def ssd_scan(
     lacks = [what for what, asked in (
         ("fp64 inputs", compute_dtype(dt_BLH, A_H, B_BLGN, C_BLGN, initial_state_BHPN) == torch.float64),
         ("int8 inputs", x_BLHP.dtype == torch.int8), ("an empty sequence", x_BLHP.shape[1] == 0)) if asked]
-    if choose("ssd_scan", x_BLHP.device, x_BLHP.dtype, lacks) == "native":
+    ran = choose("ssd_scan", x_BLHP.device, x_BLHP.dtype, lacks, lacks)
+    if ran != "reference":
         resets_BL = None if seq_idx_BL is None else ~same_as_previous(seq_idx_BL)
-        return ssd_scan_cpu(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, dt_softplus=dt_softplus,
-                            dt_limit=dt_limit, initial_state_BHPN=initial_state_BHPN, resets_BL=resets_BL)
+        return _scan(ran)(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, dt_softplus=dt_softplus,
+                          dt_limit=dt_limit, initial_state_BHPN=initial_state_BHPN, resets_BL=resets_BL)
     return ssd_scan_reference(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, dt_softplus=dt_softplus,
                               dt_limit=dt_limit, chunk_size=chunk_size, initial_state_BHPN=initial_state_BHPN,
                               seq_idx_BL=seq_idx_BL)
+
+
+def _scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if backend == "triton":
+        from mambacompress.kernels.ssd_scan.triton import ssd_scan_triton
+
+        return ssd_scan_triton
+    return ssd_scan_cpu
 
 
 def check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
@@ -59,11 +70,11 @@ def check_shapes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
             raise ValueError(f"ssd_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def check() -> tuple[float, float]:
+def check(device: torch.device | str = "cpu") -> tuple[float, float]:
     """(RMS ratio of what runs here to the fp64 reference, its tolerance), outputs and gradients of a small problem."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 35, 4, 8), (2, 35, 4), (4,), (2, 35, 2, 16), (2, 35, 2, 16))
-    x, dt, A, B, C = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    x, dt, A, B, C = (torch.randn(*shape, dtype=torch.float64, generator=generator).to(device) for shape in shapes)
     return compare(ssd_scan, ssd_scan_sequential, [x, dt, -A.abs(), B, C])
 
 

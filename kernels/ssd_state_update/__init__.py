@@ -6,6 +6,8 @@ head_dim, G groups, N d_state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from mambacompress.kernels.ssd_state_update.reference import (
     ssd_state_update_int8_reference,
     ssd_state_update_reference,
 )
-from mambacompress.kernels.tolerances import FORWARD, rms_ratio
+from mambacompress.kernels.tolerances import FORWARD, TRITON_FORWARD, rms_ratio
 
 
 def ssd_state_update(
@@ -52,9 +54,17 @@ def ssd_state_update_int8(
     lacks = [what for what, asked in (
         ("fp64 inputs", compute_dtype(dt_BH, A_H, B_BGN, C_BGN) == torch.float64),
         ("int8 inputs", x_BHP.dtype == torch.int8)) if asked]
-    native = choose("ssd_state_update_int8", x_BHP.device, x_BHP.dtype, lacks) == "native"
-    step = update_int8_cpu if native else ssd_state_update_int8_reference
-    return step(state, x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, dt_bias_H, dt_softplus=dt_softplus, dt_limit=dt_limit)
+    ran = choose("ssd_state_update_int8", x_BHP.device, x_BHP.dtype, lacks, lacks)
+    return _step(ran)(state, x_BHP, dt_BH, A_H, B_BGN, C_BGN, D_H, dt_bias_H, dt_softplus=dt_softplus,
+                      dt_limit=dt_limit)
+
+
+def _step(backend: str) -> Callable[..., tuple[Tensor, Int8State]]:
+    if backend == "triton":
+        from mambacompress.kernels.ssd_state_update.triton import update_int8_triton
+
+        return update_int8_triton
+    return update_int8_cpu if backend == "native" else ssd_state_update_int8_reference
 
 
 def ssd_steps_int8(
@@ -70,14 +80,15 @@ def ssd_steps_int8(
     return (torch.stack(y_L, 1) if y_L else x_BLHP), state
 
 
-def check() -> tuple[float, float]:
+def check(device: torch.device | str = "cpu") -> tuple[float, float]:
     """(worst RMS ratio to the reference, its tolerance) of a step from an int8 state: of y, and of the new scales."""
     generator = torch.Generator().manual_seed(0)
-    h, x, dt, A, B, C = (torch.randn(shape, generator=generator) for shape in (
+    h, x, dt, A, B, C = (torch.randn(shape, generator=generator).to(device) for shape in (
         (2, 4, 8, 16), (2, 4, 8), (2, 4), (4,), (2, 2, 16), (2, 2, 16)))
     (y, new), (y_ref, new_ref) = (step(quantize_state(h), x, dt, -A.abs(), B, C) for step in (
         ssd_state_update_int8, ssd_state_update_int8_reference))
-    return max(rms_ratio(y, y_ref), rms_ratio(new.scale, new_ref.scale)), FORWARD[torch.float32]
+    tolerance = FORWARD if y.device.type == "cpu" else TRITON_FORWARD
+    return max(rms_ratio(y, y_ref), rms_ratio(new.scale, new_ref.scale)), tolerance[torch.float32]
 
 
 def _check_step(x_BHP: Tensor, B_BGN: Tensor) -> None:

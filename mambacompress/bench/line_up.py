@@ -19,6 +19,7 @@ from mambacompress.errors import UserError, did_you_mean
 
 PEERS = tuple(kind for kind in KINDS if kind != "ours")
 TITLES = {"openvino": "OpenVINO"}
+_VARIANTS = {"fp32": ("packed", ""), "int8": ("packed-state8", " state8")}  # of an artifact, by its states
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -40,6 +41,7 @@ def bench(
     baseline: str | Path | None = None,
     peers: Sequence[str] = PEERS,
     threads: Sequence[int] = (1,),
+    states: Sequence[str] = ("fp32",),
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -47,16 +49,17 @@ def bench(
 
     models: artifacts and float models. baseline: the original that the peers run; the one float model among ``models``
     where None. peers: of PEERS; ratios refer to the first one that takes part. threads: each count is a run of its
-    own. settings: see ``Settings``.
+    own. states: fp32, int8 or both, the recurrent states that artifacts decode with: a contestant each. settings: see
+    ``Settings``.
 
     A peer that is not installed, or cannot hold the model, is left out with its reason. Raises UserError for unknown
     peers and settings, for models that are not there, and for numbers below 1.
     """
     chosen = _settings(settings)
-    _check(peers, threads)
+    _check(peers, threads, states)
     report = progress or (lambda stage, done, total: None)
     with tempfile.TemporaryDirectory(prefix="mambacompress-bench-") as folder:
-        line_up = _line_up(models, baseline, peers, Path(folder), lambda stage: report(stage, 0, 1))
+        line_up = _line_up(models, baseline, peers, states, Path(folder), lambda stage: report(stage, 0, 1))
         total, done = chosen.work(len(line_up.contestants), len(threads)), 0
 
         def tick(stage: str) -> None:
@@ -93,18 +96,25 @@ def _settings(given: dict[str, Any]) -> Settings:
     return Settings(**given)
 
 
-def _check(peers: Sequence[str], threads: Sequence[int]) -> None:
+def _check(peers: Sequence[str], threads: Sequence[int], states: Sequence[str]) -> None:
     for peer in peers:
         if peer not in PEERS:
             raise UserError(f"there is no peer {peer!r}{did_you_mean(peer, PEERS)}", f"peers: {', '.join(PEERS)}")
     if not threads or min(threads) < 1 or len({*threads}) < len(threads):
         raise UserError(f"the thread counts are {list(threads)}", "give different whole numbers, each at least 1")
+    if not states or len({*states}) < len(states):
+        raise UserError(f"the states are {list(states)}", f"name some of {', '.join(_VARIANTS)}, each once")
+    for state in states:
+        if state not in _VARIANTS:
+            raise UserError(f"there are no {state!r} states{did_you_mean(state, _VARIANTS)}",
+                            f"states: {', '.join(_VARIANTS)}")
 
 
 def _line_up(
     models: Sequence[str | Path],
     baseline: str | Path | None,
     peers: Sequence[str],
+    states: Sequence[str],
     scratch: Path,
     tick: Callable[[str], None],
 ) -> LineUp:
@@ -120,7 +130,10 @@ def _line_up(
     for path in originals:
         for variant in ("fp32", "bf16"):
             line_up.contestants.append(_ours(f"{path.name} {variant}", path, variant))
-    line_up.contestants += [_ours(path.name, path, "packed") for path in packed]
+    for path in packed:
+        for state in states:
+            variant, suffix = _VARIANTS[state]
+            line_up.contestants.append(_ours(path.name + suffix, path, variant))
     if original is None:
         reason = "the original is not among the models" if not originals else "several float models are named"
         line_up.left_out += [{"name": peer, "reason": f"{reason}; say --baseline MODEL"} for peer in peers]

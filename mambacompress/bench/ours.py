@@ -2,6 +2,7 @@
 
 Prefill is ``mc.generate`` of one token after the prompt. Decode is the loop behind ``mc.generate`` with its greedy
 choice and its checks, the clock started when the first token is there; it is told not to end at an end-of-text token.
+The variant ``packed-state8`` is an artifact that keeps its recurrent states in int8 while it decodes.
 
 Legend: B batch, L tokens, V vocabulary.
 """
@@ -19,9 +20,7 @@ import mambacompress as mc
 from mambacompress.bench.runner import Runner, clock
 from mambacompress.bench.torch_side import live_tensor_bytes, small_relative
 from mambacompress.eval import environment
-from mambacompress.models.lm import LanguageModel, generate
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "packed": torch.float32}
+from mambacompress.models.lm import Decoder, LanguageModel, generate
 
 
 class Ours(Runner):
@@ -29,7 +28,8 @@ class Ours(Runner):
 
     def __init__(self, path: str, variant: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._model = mc.load(path, dtype=_DTYPES[variant])
+        self._model = mc.load(path, dtype=torch.bfloat16 if variant == "bf16" else torch.float32)
+        self._state = "int8" if variant == "packed-state8" else "fp32"
         self._lm = LanguageModel.of(self._model)
 
     @property
@@ -44,20 +44,20 @@ class Ours(Runner):
     @torch.inference_mode()
     def step_logits(self, ids_BL: np.ndarray) -> np.ndarray:
         ids = torch.from_numpy(ids_BL)
-        states, logits = None, []
-        for i in range(ids.shape[1]):
-            logits_B1V, states = self._lm.prefill(ids[:, i : i + 1], None, states)
-            logits.append(logits_B1V[:, 0].float())
-        return torch.stack(logits, 1).numpy()
+        logits_B1V, states = self._lm.prefill(ids[:, :1])
+        decoder, logits = Decoder(self._lm, states, self._state), [logits_B1V[:, 0]]
+        logits += [decoder.step(ids[:, i]) for i in range(1, ids.shape[1])]
+        return torch.stack(logits, 1).float().numpy()
 
     def prefill(self, ids_L: np.ndarray) -> float:
         ids_1L = torch.from_numpy(ids_L)[None]
-        return clock(lambda: mc.generate(self._model, ids_1L, 1))
+        return clock(lambda: mc.generate(self._model, ids_1L, 1, state=self._state))
 
     def decode(self, ids_B: np.ndarray, steps: int) -> float:
         times: list[float] = []
         ids_B1 = torch.from_numpy(ids_B)[:, None]
-        generate(self._model, ids_B1, steps + 1, eos_token_id=[], on_token=lambda _: times.append(time.perf_counter()))
+        generate(self._model, ids_B1, steps + 1, eos_token_id=[], state=self._state,
+                 on_token=lambda _: times.append(time.perf_counter()))
         return times[-1] - times[0]
 
     def live_bytes(self) -> int:

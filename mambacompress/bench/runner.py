@@ -66,7 +66,7 @@ class Kind:
 
 FP32, HALF, INT8, INT4 = 0.9999, 0.98, 0.9, 0.1  # random weights are hard to round: a trained model keeps far more
 KINDS = {
-    "ours": Kind("ours", ("torch",), {"fp32": FP32, "bf16": HALF, "packed": INT4}),
+    "ours": Kind("ours", ("torch",), {"fp32": FP32, "bf16": HALF, "packed": INT4, "packed-state8": INT4}),
     "llama.cpp": Kind("llamacpp", ("llama_cpp", "gguf"), {"Q8_0": INT8, "Q4_0": INT4, "F16": HALF}),
     "openvino": Kind("openvino_graph", ("openvino", "nncf"), {"int8": INT8, "int4": INT4}),
     "transformers": Kind("stock", ("transformers",), {"fp32": FP32, "bf16": HALF}),

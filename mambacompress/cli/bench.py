@@ -22,6 +22,9 @@ def bench(
     threads: Annotated[
         str | None, typer.Option("--threads", metavar="N,...", help="Thread counts.", show_default="1 and all cores")
     ] = None,
+    states: Annotated[
+        str, typer.Option("--states", metavar="S,...", help="Recurrent states of compressed models: fp32, int8, both.")
+    ] = "fp32",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write all figures, and the table as .md.")
     ] = None,
@@ -57,6 +60,7 @@ def bench(
             baseline=baseline,
             peers=_parts(peers),
             threads=counts,
+            states=_parts(states),
             progress=progress,
             **dict(map(pair, settings or ())),
         )

@@ -9,6 +9,19 @@ import typer
 from mambacompress.errors import CheckFailed
 
 
+def _gpu() -> str:
+    import torch
+
+    from mambacompress.kernels import gpu
+
+    if not torch.cuda.is_available():
+        return "no GPU that torch can use: the Triton kernels are not checked here"
+    device = torch.device("cuda", torch.cuda.current_device())
+    why = gpu.obstacle(device, torch.float32, ())
+    return f"GPU: {torch.cuda.get_device_name(device)}; " + (
+        "its ops run in Triton" if why is None else f"its ops run in torch, because {why}")
+
+
 def doctor() -> None:
     """Check this installation: versions, which kernels run here and why, every op against its reference.
 
@@ -29,6 +42,7 @@ def doctor() -> None:
             typer.echo(f"{name} {version(name)}")
         except PackageNotFoundError:
             typer.echo(f"{name} is not installed")
+    typer.echo(_gpu())
     results = registry.check_all()
     render.checks(results)
     wrong = [result.op for result in results if not result.ok]

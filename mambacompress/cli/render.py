@@ -81,9 +81,9 @@ def training(title: str, *, perplexity: bool = True) -> Iterator[Callable[[str, 
     def update(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         nonlocal spoken
         if stage not in tasks:
-            first = not bar.tasks
-            for task in bar.tasks:
-                bar.remove_task(task.id)
+            first = not tasks
+            for other in tasks.values():
+                bar.remove_task(other)
             means.clear()
             tasks.clear()
             tasks[stage] = bar.add_task(title if first else stage, total=total, figures="")
@@ -94,6 +94,8 @@ def training(title: str, *, perplexity: bool = True) -> Iterator[Callable[[str, 
                 before = means.get(name, figures[name])
                 means[name] = before + share * (figures[name] - before)
         shown = _training_figures(means, perplexity) if figures else ""
+        if "sparsity" in figures:
+            shown += f" · {figures['sparsity']:.0%} sparse"
         bar.update(tasks[stage], completed=done, figures=shown)
         if not console.is_terminal and (done == total or time.monotonic() - spoken >= LINE_SECONDS):
             spoken = time.monotonic()

@@ -54,7 +54,7 @@ def train(
 
     `torchrun --standalone --nproc-per-node 2 -m mambacompress train demo --out runs/demo`
 
-    `accelerate launch -m mambacompress train ...` starts a process a GPU; without a GPU it starts a single one.
+    `accelerate launch -m mambacompress train ...` starts a process a GPU; without a GPU it can start a single one only.
     """
     chosen = load_training_recipe(recipe, settings or ())
     import mambacompress as mc

@@ -27,6 +27,7 @@ from mambacompress.errors import UserError
 from mambacompress.kernels.linear import linear
 from mambacompress.models.families import adopt
 from mambacompress.models.families.base import Hosted
+from mambacompress.models.graph import GraphedStep, graphed
 from mambacompress.models.mixers import MixerState
 from mambacompress.models.modelmap import Block, ModelMap
 from mambacompress.models.packed import PackedHead
@@ -35,7 +36,7 @@ from mambacompress.models.step import (
     NativeStates,
     chosen,
     native_states,
-    next_state,
+    next_states,
     obstacle,
 )
 
@@ -138,7 +139,7 @@ class LanguageModel:
         fused, old = self.fused(h_BD), native_states(states)
         if fused is None or old is None:
             return None
-        h_BD, new = h_BD.clone(memory_format=torch.contiguous_format), [next_state(state) for state in old]
+        h_BD, new = h_BD.clone(memory_format=torch.contiguous_format), next_states(old)
         fused.run(h_BD, NativeStates(old, new))
         return h_BD, [MixerState(*state) for state in new]
 
@@ -188,10 +189,17 @@ class Decoder:
         self.states = [s.int8() for s in states] if state == "int8" else states
         self._native: NativeStates | None = None  # self.states, in place
         self._fused: FusedBlocks | None = None
+        self._graph: GraphedStep | None = None  # on a GPU
+        self._looked = False  # whether a graph was thought of
 
     def step(self, ids_B: Tensor) -> Tensor:
         """One token a row: ids int64 [B] -> logits, fp32 [B, V]."""
         lm = self.lm
+        if not self._looked:
+            self._looked, self._graph = True, graphed(lm.step, lm.model_map.host, ids_B, self.states)
+            self.states = self.states if self._graph is None else self._graph.states
+        if self._graph is not None:
+            return self._graph(ids_B)
         h_BD = lm.embed(ids_B)
         fused = self._fused
         if fused is None or not chosen(h_BD, obstacle(h_BD, len(h_BD))):
@@ -203,7 +211,7 @@ class Decoder:
         h_BD = h_BD.clone(memory_format=torch.contiguous_format)
         if self._native is None:
             old = native_states(self.states) or []
-            new = [next_state(state) for state in old]
+            new = next_states(old, lasting=True)
             fused.run(h_BD, NativeStates(old, new))
             self.states, self._native = [MixerState(*state) for state in new], NativeStates(new, new)
         else:

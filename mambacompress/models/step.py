@@ -9,7 +9,7 @@ steps, so it is kept with the mixer. Three things end it, and ``StepPlan`` tells
 - a tensor from which something was derived was written to: its content is compared when a sequence begins;
 - everything else that is written in place is read in place.
 
-What the native step does not take (vision paths, int8 scans, taps, hooks, gradients) runs unfused, in single ops, and
+What the native step does not take (vision paths, taps, hooks, gradients) runs unfused, in single ops, and
 the registry notes why. With weights in half precision it keeps activations in fp32, which the single ops round in
 between. Legend: B batch, D d_model, E d_inner, K conv width, N d_state.
 """
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from mambacompress.kernels import native, registry
-from mambacompress.kernels.int8_state import Int8State
 from mambacompress.kernels.mixer_prefill import NativePrefill
 from mambacompress.kernels.mixer_prefill import lacks as prefill_lacks
 from mambacompress.kernels.mixer_step import (
@@ -41,12 +40,20 @@ from mambacompress.kernels.mixer_step import (
     SSDBlock,
     fits,
     lacks,
-    next_state,
+    next_states,
 )
 from mambacompress.models.mixers import Mixer, MixerState, S6Mixer, SSDMixer
 from mambacompress.models.orders import SUM
 from mambacompress.models.packed import OnlineHadamard, PackedLinear
-from mambacompress.models.paths import DepthwiseConv, Gate, RMSNorm, SelectiveProjection, WeightlessNorm, negative_exp
+from mambacompress.models.paths import (
+    DepthwiseConv,
+    Gate,
+    RMSNorm,
+    ScanQuantizer,
+    SelectiveProjection,
+    WeightlessNorm,
+    negative_exp,
+)
 
 _WATCHED = ("tap", "activations", "variance_epsilon", "tiled")  # attributes of modules that are no tensors or modules
 
@@ -149,8 +156,6 @@ class StepPlan:
             raise NotFused("paths that are not one causal scan")
         if not isinstance(gate, Gate) or mixer.norm is not None:
             raise NotFused("no gate, or a norm before it")
-        if path.scan_quantizer is not None:
-            raise NotFused("an int8 scan")
         projection = path.projection
         if type(projection) is not SelectiveProjection:
             raise NotFused(f"a {type(projection).__name__}")
@@ -161,7 +166,8 @@ class StepPlan:
             self._matrix(projection.dt_proj), self._decay(path.A_log), self._fp32(path.D), self._fp32(path.dt_bias),
             None if gate.scale is None else self._fp32(gate.scale), self._matrix(mixer.out_proj),
             groups=projection.groups, inner_eps=None if projection.norm is None else projection.norm.eps,
-            x_rotation=_rotation(projection.x_rotation), out_rotation=_rotation(mixer.out_rotation))
+            x_rotation=_rotation(projection.x_rotation), out_rotation=_rotation(mixer.out_rotation),
+            scan_scales=_scan_scales(path.scan_quantizer))
 
     def _matrix(self, module: nn.Module) -> Matrix:
         if type(module) is nn.Linear:
@@ -198,6 +204,15 @@ def _data(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cpu":
         raise NotFused(f"tensors on {tensor.device.type}")
     return tensor.detach()
+
+
+def _scan_scales(quantizer: ScanQuantizer | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    if quantizer is None:
+        return None
+    if type(quantizer) is not ScanQuantizer:
+        raise NotFused(f"a {type(quantizer).__name__} on the scan")
+    u, dt, B, C, z = (_data(quantizer.get_buffer(f"scale_{name}")) for name in ("u", "dt", "B", "C", "z"))
+    return u, dt, B, C, z
 
 
 def _rotation(module: nn.Module | None) -> Rotation | None:
@@ -300,5 +315,5 @@ def native_states(states: Sequence[MixerState]) -> list[BlockState] | None:
     return read if all(map(fits, read)) else None
 
 
-__all__ = ["FusedBlocks", "NativeStates", "Plans", "StepPlan", "Watch", "chosen", "native_states", "next_state",
+__all__ = ["FusedBlocks", "NativeStates", "Plans", "StepPlan", "Watch", "chosen", "native_states", "next_states",
            "obstacle"]

@@ -1,7 +1,8 @@
 """Which processes train together: those that torchrun or ``accelerate launch`` started, as accelerate sees them.
 
 accelerate takes the processes of a launcher for independent runs where there is no GPU, unless told that the CPU is
-meant; here it is told.
+meant; here it is told. Without a GPU ``accelerate launch --num_processes 2`` starts a single process and does not say
+so; here it is said.
 """
 
 from __future__ import annotations
@@ -16,16 +17,30 @@ from mambacompress.errors import UserError
 
 def processes() -> Any:
     """accelerate's PartialState, the process group set up; raises UserError without accelerate, and where a launcher
-    started more processes than would train together.
+    started more processes than would train together, or fewer than it was asked for.
     """
     try:
         from accelerate import PartialState
     except ImportError as error:
         raise UserError("training needs accelerate, which is not installed",
                         "pip install 'mambacompress[train]'") from error
+    if _lone_of_several():
+        raise UserError("accelerate launch was asked for several processes and started a single one, as it does "
+                        "without a GPU",
+                        "start them with torchrun --standalone --nproc-per-node 2 -m mambacompress train ..., or leave "
+                        "--num_processes out")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     state = PartialState(cpu=launched > 1 and not torch.accelerator.is_available())
     if launched > 1 and state.num_processes != launched:
         raise UserError(f"{launched} processes were launched, and they would train {launched} models",
                         "set ACCELERATE_USE_CPU=true to train on CPUs, or launch a single one")
     return state
+
+
+def _lone_of_several() -> bool:
+    """accelerate's launcher names a meeting point exactly where it was asked for several processes; one that has a rank
+    is among several.
+    """
+    ranks = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    return ("ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+            and not any(name in os.environ for name in ranks))

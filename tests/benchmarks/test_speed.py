@@ -24,6 +24,9 @@ def row(name: str, kind: str, variant: str, **rates: list[float]) -> dict[str, A
 def results() -> dict[str, Result]:
     rows = [row("mamba-130m fp32", "ours", "fp32", decode=[30.0, 30.0]),
             row("mamba-130m-w8a8", "ours", "packed", decode=[300.0, 100.0], prefill=[900.0, 700.0]),
+            row("mamba-130m-w8a8 state8", "ours", "packed-state8", decode=[330.0, 120.0]),
+            row("mamba-130m-w8a8-scan8", "ours", "packed", decode=[150.0, 50.0]),
+            row("mamba-130m-w8a8-scan8 state8", "ours", "packed-state8", decode=[150.0, 100.0]),
             row("llama.cpp Q8_0", "llama.cpp", "Q8_0", decode=[100.0, 50.0], prefill=[100.0, 100.0]),
             row("transformers fp32", "transformers", "fp32", decode=[15.0, 10.0])]
     document = {"settings": {"prompt": 512, "steps": 64, "batch": 8, "rounds": 2}, "reference": "llama.cpp Q8_0",
@@ -41,14 +44,24 @@ def test_goals_are_read_off_rounds(results: dict[str, Result]) -> None:
 
 
 def test_memory_bandwidth_and_tables(results: dict[str, Result]) -> None:
-    [memory] = speed.memory_rows(results)
-    assert memory["share"] == 1.2
+    memory = list(speed.memory_rows(results))
+    assert len(memory) == 4
+    assert {found["share"] for found in memory} == {1.2}
     shares = {found["name"]: found["share"] for found in speed.bandwidth_rows(results, {1: 40_000.0})}
-    assert shares == {"mamba-130m-w8a8": 0.5, "llama.cpp Q8_0": 75 * 100 / 40_000}
+    assert shares["mamba-130m-w8a8"] == 0.5
+    assert shares["llama.cpp Q8_0"] == 75 * 100 / 40_000
     shown = speed.markdown(results, {1: 40e9})
     assert "| int8 decode | 130m | 1 | llama.cpp Q8_0 | 2 | 2.5 | 2.50 (2.25-2.75) | met |" in shown
     assert "Read bandwidth: 40.0 GB/s with 1 thread." in shown
     assert "## mamba-130m" in shown
+
+
+def test_variants_are_set_beside_the_plain_form(results: dict[str, Result]) -> None:
+    found = {(row["name"], row["plain"]): row["ratio"]["median"] for row in speed.variant_rows(results)}
+    assert found == {("mamba-130m-w8a8 state8", "mamba-130m-w8a8"): pytest.approx(1.15),
+                     ("mamba-130m-w8a8-scan8", "mamba-130m-w8a8"): 0.5,
+                     ("mamba-130m-w8a8-scan8 state8", "mamba-130m-w8a8-scan8"): 1.5}
+    assert "| mamba-130m-w8a8-scan8 | 1 | mamba-130m-w8a8 | decode | 0.50" in speed.markdown(results, {1: 40e9})
 
 
 def test_every_goal_names_what_takes_part() -> None:

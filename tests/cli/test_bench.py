@@ -26,6 +26,7 @@ from mambacompress.bench.process import Process, WorkerFailed
 from mambacompress.bench.runner import Contestant
 from mambacompress.bench.summary import Spread, taken
 from mambacompress.cli import app
+from mambacompress.errors import UserError
 
 QUICK = {"prompt": 16, "steps": 3, "batch": 2, "rounds": 2}
 SETTINGS = [item for key, value in QUICK.items() for item in ("--set", f"{key}={value}")]
@@ -107,6 +108,22 @@ def test_openvino_takes_part(kind: str, model_directory: Any) -> None:
     assert rows["OpenVINO int4"]["files"] > 0
     assert result.document["reference"] == "OpenVINO int8"
     assert result.ratio(1, f"tiny-{kind} fp32", "OpenVINO int8", "prefill") is None
+
+
+def test_int8_states_are_a_contestant_of_their_own(model_directory: Any, tmp_path: Path) -> None:
+    original = model_directory("mamba")
+    mc.quantize(original, "rtn-w8a8", calibration=torch.randint(1, 97, (2, 16)), out=tmp_path / "packed",
+                overrides=["checks.max_perplexity_ratio=null"])
+    result = bench([original, tmp_path / "packed"], peers=[], states=["fp32", "int8"], **QUICK)
+    rows = named(result)
+    assert list(rows) == ["tiny-mamba fp32", "tiny-mamba bf16", "packed", "packed state8"]
+    complete(rows["packed state8"])
+    assert rows["packed state8"]["variant"] == "packed-state8"
+    assert rows["packed state8"]["likeness"]["cosine"] > 0.98
+    for states, words in (((), "the states are"), (["int8", "int8"], "each once"), (["int7"], "did you mean")):
+        with pytest.raises(UserError) as refused:
+            bench([original], peers=[], states=states, **QUICK)
+        assert words in str(refused.value) + refused.value.next_step
 
 
 def test_without_an_original_there_are_no_peers(model_directory: Any, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The fused prefill: the bits of single steps for every format, level, chunk and thread count; what it leaves to single ops."""
+"""The fused prefill: the bits of single steps for every format, level, chunk and thread count; what it leaves."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,10 @@ from mambacompress.kernels import native, registry
 from mambacompress.kernels.int8_state import quantize_state
 from mambacompress.kernels.mixer_prefill import check, mixer_prefill, mixer_prefill_reference
 from mambacompress.kernels.mixer_step import BlockState, S6Block, SSDBlock
+from mambacompress.kernels.tolerances import rms_ratio
 from mambacompress.models.families import adopt
 from mambacompress.models.lm import LanguageModel
+from mambacompress.models.mixers import ScanQuantizer
 from tests.kernels.scans import threads
 from tests.kernels.test_mixer_step import FORMATS, KINDS, pack, s6_block, ssd_block, states_of
 
@@ -28,7 +31,8 @@ def same(a: list[Any], b: list[Any]) -> bool:
     return all(torch.equal(x, y) for x, y in pairs)
 
 
-def same_bits(blocks: list[S6Block | SSDBlock], batch: int, length: int, states: list[BlockState] | None = None) -> None:
+def same_bits(blocks: list[S6Block | SSDBlock], batch: int, length: int,
+              states: list[BlockState] | None = None) -> None:
     h = torch.randn(batch, length, len(blocks[0].norm))  # type: ignore[arg-type]
     given = h.clone()
     y, new = mixer_prefill(h, blocks, states)
@@ -52,6 +56,7 @@ def test_packed_blocks_bit_for_bit(level: str, form: str) -> None:
 @torch.no_grad()
 def test_rotations_groups_limits_and_widths(level: str, form: str) -> None:
     same_bits([s6_block(form, rotated=True), s6_block(form, groups=3, N=4), s6_block(form, K=2, N=16, scaled=True),
+               s6_block(form, groups=2, scan8=True), s6_block(form, normed=True, scan8=True),
                ssd_block(form, rotated=True, bias=True), ssd_block(form, groups=1, N=16, P=13, limit=(0.05, 0.4)),
                ssd_block(form, groups=3, N=32, K=3)], 2, 21)
 
@@ -86,6 +91,16 @@ def test_any_number_of_threads_gives_the_same_bits(form: str) -> None:
 
 
 @torch.no_grad()
+def test_float_blocks(level: str) -> None:
+    """fp32 matrices: sums in another order than of a single row."""
+    blocks: list[S6Block | SSDBlock] = [s6_block("fp32", normed=True, rotated=True), ssd_block("fp32", bias=True)]
+    h = torch.randn(2, 130, 40)
+    (y, new), (y_ref, new_ref) = (op(h, blocks) for op in (mixer_prefill, mixer_prefill_reference))
+    assert rms_ratio(y, y_ref) < 1e-5
+    assert all(rms_ratio(a, b) < 1e-5 for n, r in zip(new, new_ref, strict=True) for a, b in zip(n, r, strict=True))
+
+
+@torch.no_grad()
 def test_a_state_lies_either_way() -> None:
     """Mamba-1's as [B, E, N] or as [B, N, E]."""
     blocks: list[S6Block | SSDBlock] = [s6_block("int8")]
@@ -112,8 +127,11 @@ def test_a_nan_stays_in_its_sequence() -> None:
 @torch.no_grad()
 def test_what_it_lacks_runs_step_by_step() -> None:
     h = torch.randn(1, 4, 40)
-    for block, states in ((s6_block("fp32"), None),
-                          (s6_block("int8"), [BlockState(torch.zeros(1, 3, 72), quantize_state(torch.zeros(1, 72, 9)))])):
+    int8 = [BlockState(torch.zeros(1, 3, 72), quantize_state(torch.zeros(1, 72, 9)))]
+    block = s6_block("fp32")
+    in_proj = dataclasses.replace(block.in_proj, weight=block.in_proj.weight.bfloat16())
+    half = dataclasses.replace(block, in_proj=in_proj)
+    for block, states in ((half, None), (s6_block("int8"), int8)):
         y, _ = mixer_prefill(h, [block], states)
         assert y.shape == (1, 4, 40)
         with registry.strict(), pytest.raises(registry.KernelFallback):
@@ -155,6 +173,21 @@ def test_models_bit_for_bit(make_host: Callable[..., Any], kind: str, form: str)
     rest, last = lm.prefill(ids[:, 13:], states=between)
     assert torch.equal(torch.cat([first, rest], 1), want)
     assert same(last, want_states)
+
+
+@torch.no_grad()
+def test_int8_scans_bit_for_bit(make_host: Callable[..., Any]) -> None:
+    """The fused paths round where the single ops make int8 tensors."""
+    lm = packed_lm(make_host, "mamba")
+    for block in lm.model_map.blocks:
+        path = block.mixer.scans()[0]  # type: ignore[operator]
+        path.scan_quantizer = ScanQuantizer(64, 1, 8)
+        for name in ScanQuantizer.NAMES:
+            path.scan_quantizer.get_buffer(f"scale_{name}").uniform_(0.01, 0.05)
+    ids = torch.randint(1, 97, (2, 30))
+    (logits, states), (want, want_states) = lm.prefill(ids), unfused(lm, ids)
+    assert torch.equal(logits, want)
+    assert same(states, want_states)
 
 
 @torch.no_grad()

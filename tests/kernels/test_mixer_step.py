@@ -27,7 +27,7 @@ from mambacompress.kernels.mixer_step import (
 from mambacompress.kernels.tolerances import rms_ratio
 from mambacompress.models.families import adopt
 from mambacompress.models.lm import Decoder, LanguageModel, generate
-from mambacompress.models.mixers import MixerState, ScanQuantizer
+from mambacompress.models.mixers import MixerState
 from mambacompress.models.packed import (
     ActivationFormat,
     OnlineHadamard,
@@ -85,14 +85,18 @@ def rotation(size: int, block: int) -> Rotation:
 
 
 def s6_block(form: str, *, D: int = 40, E: int = 72, N: int = 9, R: int = 5, K: int = 4, groups: int = 1,
-             rotated: bool = False, scaled: bool = False, normed: bool = False, bias: bool = False) -> S6Block:
+             rotated: bool = False, scaled: bool = False, normed: bool = False, bias: bool = False,
+             scan8: bool = False) -> S6Block:
     """A random Mamba-1 block of odd sizes."""
     scale = torch.rand(E) + 0.5 if scaled else None
+    shapes = ((E,), (E,), (groups, N), (groups, N), (E,))
+    u, dt, B, C, z = (torch.rand(shape) * 0.04 + 0.01 for shape in shapes)
     return S6Block(
         torch.rand(D) + 0.5, 1e-5, packed(2 * E, D, form, bias), Conv(torch.randn(E, K), torch.randn(E), scale),
         packed(R + 2 * groups * N, E, form), packed(E, R, form), -torch.rand(E, N) * 3, torch.randn(E),
         torch.randn(E) - 2, scale, packed(D, E, form, bias), groups=groups, inner_eps=1e-6 if normed else None,
-        x_rotation=rotation(E, 8) if rotated else None, out_rotation=rotation(E, 24) if rotated else None)
+        x_rotation=rotation(E, 8) if rotated else None, out_rotation=rotation(E, 24) if rotated else None,
+        scan_scales=(u, dt, B, C, z) if scan8 else None)
 
 
 def ssd_block(form: str, *, D: int = 40, H: int = 6, P: int = 12, N: int = 9, K: int = 4, groups: int = 2,
@@ -147,7 +151,8 @@ def test_packed_blocks_bit_for_bit(level: str, form: str, batch: int) -> None:
 @pytest.mark.parametrize("form", ["int8", "int4-g32"])
 @torch.no_grad()
 def test_rotations_groups_limits_and_widths(level: str, form: str) -> None:
-    s6 = [s6_block(form, rotated=True), s6_block(form, groups=3, N=4), s6_block(form, K=2, N=16, scaled=True)]
+    s6 = [s6_block(form, rotated=True), s6_block(form, groups=3, N=4), s6_block(form, K=2, N=16, scaled=True),
+          s6_block(form, groups=2, scan8=True), s6_block(form, normed=True, scan8=True)]
     ssd = [ssd_block(form, rotated=True, bias=True), ssd_block(form, groups=1, N=16, P=13, limit=(0.05, 0.4)),
            ssd_block(form, groups=3, N=32, K=3)]
     for batch in (1, 5):
@@ -380,13 +385,6 @@ def set_norm_hook(lm: LanguageModel) -> None:
     lm.model_map.blocks[1].norm.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
 
 
-def set_scan8(lm: LanguageModel) -> None:
-    path = first_mixer(lm).scans()[0]
-    path.scan_quantizer = ScanQuantizer(64, 1, 8)
-    for name in ScanQuantizer.NAMES:
-        path.scan_quantizer.get_buffer(f"scale_{name}").fill_(0.05)
-
-
 def set_forward(lm: LanguageModel) -> None:
     linear = first_mixer(lm).out_proj
     linear.forward = lambda x: type(linear).forward(linear, x) * 2
@@ -396,7 +394,7 @@ def set_module(lm: LanguageModel) -> None:
     first_mixer(lm).out_proj = nn.Sequential(first_mixer(lm).out_proj, nn.Tanh())
 
 
-@pytest.mark.parametrize("change", [set_tap, set_hook, set_norm_hook, set_scan8, set_forward, set_module])
+@pytest.mark.parametrize("change", [set_tap, set_hook, set_norm_hook, set_forward, set_module])
 @pytest.mark.parametrize("before", [True, False])
 @torch.no_grad()
 def test_what_is_not_covered_runs_unfused(make_lm: Callable[..., LanguageModel], change: Callable[..., None],

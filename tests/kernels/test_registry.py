@@ -20,7 +20,7 @@ needs_native = pytest.mark.skipif(native.library() is None, reason=native.why_no
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'triton'; known: auto, native, reference"), backend("triton"):
+    with pytest.raises(ValueError, match=r"'cuda'; known: auto, native, triton, reference"), backend("cuda"):
         pass
 
 

@@ -137,8 +137,16 @@ def test_embedding_looks_up_rows() -> None:
     for weights in FORMATS:
         embedding = PackedEmbedding.from_float(table, weights=weights)
         index = torch.tensor([[3, 49], [0, 3]])
-        assert torch.equal(embedding(index), embedding.dequantize()[index])
+        rows = embedding.dequantize()
+        assert torch.equal(embedding(index), rows[index])
         assert embedding(torch.empty(0, dtype=torch.long)).shape == (0, 32)
+        if embedding.tileable():
+            embedding.tile()
+            embedding.tiled = True
+        assert torch.equal(embedding(torch.arange(50)), rows)  # 48 rows in tiles, two behind them
+        for missing in (-1, 50):
+            with pytest.raises(IndexError):
+                embedding(torch.tensor([0, missing]))
     assert (embedding.num_embeddings, embedding.embedding_dim) == (50, 32)
     assert embedding.half()(index).dtype == torch.float16
 
@@ -234,7 +242,8 @@ def test_formats_are_values() -> None:
     for value in (*FORMATS, TOKEN, TENSOR):
         assert type(value).from_dict(json.loads(json.dumps(value.to_dict()))) == value
     assert len({INT8, WeightFormat(8)}) == 1
-    assert [kind.__name__ for kind in PACKED] == ["PackedLinear", "PackedEmbedding", "PackedHead"]
+    assert [kind.__name__ for kind in PACKED] == ["PackedLinear", "PackedSparseLinear", "PackedEmbedding",
+                                                   "PackedHead"]
 
 
 # -- arranged for the native kernels ---------------------------------------------------------------------------------

@@ -320,6 +320,26 @@ def test_launched_processes_that_would_train_apart_are_refused(monkeypatch: pyte
         processes()
 
 
+@pytest.mark.parametrize(("asked", "refused"), [(2, True), (1, False)])
+def test_a_lone_process_of_several_that_were_asked_for_is_refused(asked: int, refused: bool,
+                                                                  monkeypatch: pytest.MonkeyPatch):
+    """With the very environment in which accelerate's launcher starts its single process on CPUs."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    from mambacompress.training.processes import processes
+
+    arguments = launch_command_parser().parse_args(["--cpu", "--num_processes", str(asked), "--num_machines", "1",
+                                                    "--mixed_precision", "no", "--dynamo_backend", "no", "train.py"])
+    for name, value in prepare_simple_launcher_cmd_env(arguments)[1].items():
+        monkeypatch.setenv(name, value)
+    if refused:
+        with pytest.raises(UserError, match="asked for several processes and started a single one"):
+            processes()
+    else:
+        assert processes().num_processes == 1
+
+
 # -- parameter groups ------------------------------------------------------------------------------------------------
 
 

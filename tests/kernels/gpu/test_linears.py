@@ -1,0 +1,93 @@
+"""Integer linears in Triton: the reference's bits where activations are quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mambacompress.kernels import registry
+from mambacompress.kernels.int4_linear import int4_linear
+from mambacompress.kernels.int8_linear import BYTES, int8_linear, tile
+from tests.kernels.gpu.parity import FLOATS, assert_gradients, assert_same, both
+
+SIZES = [(1, 40, 65), (3, 257, 7), (40, 192, 70), (1, 1, 1)]
+
+
+def int8_weight(device: str, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return (torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8).to(device),
+            torch.rand(outputs).to(device) * 0.01)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SIZES)
+def test_int8(device: str, dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
+    x, bias = torch.randn(rows, inputs, dtype=dtype).to(device), torch.randn(outputs, dtype=dtype).to(device)
+    weight, scale = int8_weight(device, outputs, inputs)
+    static = torch.tensor([0.02], device=device)
+    for options in ({}, {"act_bits": 4}, {"activation": "tensor", "act_scale": static}):
+        got, want = both(int8_linear, x, weight, scale, bias, **options)
+        assert torch.equal(got[0], want[0])
+    assert_same(*both(int8_linear, x, weight, scale, activation="none"), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("rows", [1, 3, 6, 40])
+def test_int4(device: str, dtype: torch.dtype, group_size: int, rows: int) -> None:
+    x, bias = torch.randn(rows, 192, dtype=dtype).to(device), torch.randn(37, dtype=dtype).to(device)
+    weight = torch.randint(0, 256, (37, 96), dtype=torch.uint8).to(device)
+    scale = (torch.rand(37, 192 // group_size) * 0.1).to(device, torch.float16)
+    zero = torch.randint(0, 16, scale.shape, dtype=torch.uint8).to(device)
+    for options in ({}, {"activation": "tensor", "act_scale": torch.tensor([0.03], device=device)}):
+        for z, s in ((None, scale), (zero, scale.float())):
+            got, want = both(int4_linear, x, weight, s, z, bias, group_size=group_size, **options)
+            assert torch.equal(got[0], want[0])
+    for z in (None, zero):
+        assert_same(*both(int4_linear, x, weight, scale, z, bias, group_size=group_size, activation="none"), dtype)
+
+
+def test_what_is_no_number_stays_so(device: str) -> None:
+    weight, scale = int8_weight(device, 5, 32)
+    x = torch.randn(4, 32, device=device)
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    for options in ({}, {"activation": "tensor", "act_scale": torch.tensor([0.02], device=device)}):
+        got, want = both(int8_linear, x, weight, scale, **options)
+        assert torch.equal(got[0].isnan(), want[0].isnan())
+
+
+def test_leading_axes_slices_and_nothing(device: str) -> None:
+    weight, scale = int8_weight(device, 9, 32)
+    x = torch.randn(2, 5, 64, device=device)
+    for part in (x[..., :32], x[..., ::2], x[:0, :, :32]):
+        got, want = both(int8_linear, part, weight, scale)
+        assert torch.equal(got[0], want[0])
+
+
+def test_gradients_pass_straight_through(device: str) -> None:
+    weight, scale = int8_weight(device, 9, 32)
+    assert_gradients(lambda x: int8_linear(x, weight, scale, activation="none"), {"x": torch.randn(3, 32).to(device)})
+
+
+def test_a_call_it_cannot_take_is_a_fallback_that_strict_forbids(device: str) -> None:
+    weight, scale = int8_weight(device, 16, 32)
+    tiles = weight.clone()
+    tile(tiles, BYTES)
+    x, packed = torch.randn(2, 48, device=device), torch.zeros(4, 24, dtype=torch.uint8, device=device)
+    calls: list[Any] = [
+        lambda: int8_linear(x[:, :32], tiles, scale, tiled=True),
+        lambda: int4_linear(x, packed, torch.ones(4, 3, device=device), group_size=16)]
+    for call, reason in zip(calls, ("tiles of a processor", "groups of 16"), strict=True):
+        with registry.backend("triton"), pytest.raises(registry.KernelFallback, match=reason):
+            call()
+
+
+def test_compiles_into_a_graph(device: str) -> None:
+    weight, scale = int8_weight(device, 9, 32)
+    x = torch.randn(3, 32, device=device)
+    with registry.backend("triton"), torch.inference_mode():
+        expected = int8_linear(x * 2, weight, scale).relu()
+    with registry.backend("triton"), torch.no_grad():
+        got = torch.compile(lambda x: int8_linear(x * 2, weight, scale).relu(), backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(got, expected)
