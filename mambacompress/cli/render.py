@@ -84,6 +84,7 @@ def training(title: str, *, perplexity: bool = True) -> Iterator[Callable[[str, 
             first = not tasks
             for other in tasks.values():
                 bar.remove_task(other)
+            means.clear()
             tasks.clear()
             tasks[stage] = bar.add_task(title if first else stage, total=total, figures="")
             if console.is_terminal:

@@ -108,17 +108,13 @@ def _schedule(section: Mapping[str, Any], shape: VisionShape, process: Any) -> T
 def _claim(out: Path, recipe: ProgressiveRecipe, data: ImageData, resume: bool) -> None:
     """``out`` is this run's, or becomes it."""
     wanted = {"recipe": recipe.model_dump(mode="json", exclude={"description"}), "images": data.train.sha256}
-    if not (out / RUN).is_file():
-        storage.make_directory(out)
-        storage.write_json(out / RUN, wanted)
-        return
     if not resume:
         refuse_existing(out / "teacher")
-        return storage.write_json(out / RUN, wanted)
-    if json.loads((out / RUN).read_text(encoding="utf-8")) != wanted:
-        raise UserError(f"the run in {out} has another recipe or other images", "repeat its options, or choose "
-                        "another --out")
-    return None
+    elif (out / RUN).is_file() and json.loads((out / RUN).read_text(encoding="utf-8")) != wanted:
+        raise UserError(f"the run in {out} has another recipe or other images",
+                        "repeat its options, or choose another --out")
+    storage.make_directory(out)
+    storage.write_json(out / RUN, wanted)
 
 
 def _measure(recipe: ProgressiveRecipe, data: ImageData, models: Mapping[str, VisionMamba], chained: int,

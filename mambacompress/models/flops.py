@@ -6,7 +6,8 @@ softplus, division and root. The same counter serves teachers and students. For 
     linear       2 in out (+ out for a bias), a token
     convolution  2 taps (+ 1 for a bias), an output
     scan         E (7 N + 1): dt u; and a state dt A, exp, (dt u) B, a h, + drive, C h, their sum
-                 + 2 E for softplus(dt + bias), 2 E for D u
+                 + 2 E for softplus(dt + bias), 2 E for D u; with a window 4 E N for the backward states a h + drive
+                 and their sum with the forward ones, less the drive counted twice
     SiLU         2 (sigmoid, product);  gate 3;  RMS norm 4 D + 3
     merge        E a further path, E for the mean's division;  mean of the tokens L D + D
 
@@ -57,8 +58,6 @@ def vision_flops(model: VisionMamba) -> Flops:
             convolutions += L * E * (2 * mixer.conv.weight[0].numel() + (mixer.conv.bias is not None))
             rest += 2 * L * E
         for path in paths:
-            if path.window is not None:
-                raise TypeError("the windowed scan is not counted")
             matrices += L * (_linear(path.projection.x_proj) + _linear(path.projection.dt_proj))
             scans += L * _scan(path)
         rest += L * E * (len(paths) - 1 + (len(paths) > 1))  # merge
@@ -81,7 +80,7 @@ def _norm(width: int) -> int:
 def _scan(path: Path) -> int:
     """A token's."""
     E, N = path.A_log.shape
-    return E * (7 * N + 1) + 4 * E
+    return E * (7 * N + 1) + 4 * E + (0 if path.window is None else 4 * E * N)
 
 
 def _stem(model: VisionMamba) -> int:

@@ -18,7 +18,7 @@ Legend: B batch, L tokens, V vocabulary or classes, M valid rows, D features.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from mambacompress.errors import UserError, did_you_mean
 from mambacompress.models.lm import LanguageModel
 from mambacompress.models.matrices import ssd_matrix
 from mambacompress.models.mixers import SSDMixer
-from mambacompress.training.losses import KINDS, relative_error, row_losses
+from mambacompress.training.losses import FROM_LABELS, KINDS, relative_error, row_losses
 
 LAYERS, MATRICES = "layers", "matrices"
 MATCHES = ("hidden", "mixer")
@@ -121,42 +121,50 @@ class Distiller(nn.Module):
         counts = counts or self.count(inputs, attention_mask, labels)
         if not counts.predicted:
             raise UserError("there is no token to learn from in this batch", "give longer or less padded sequences")
-        wanted = {"attention_mask": attention_mask} if text and attention_mask is not None else {}
-        teacher, student = self.teacher, self.student
-        needs_logits = any(name in KINDS for name in self.weights)
-        with ExitStack() as stack:
-            seen_t = stack.enter_context(_watched([t for _, t in self.pairs]))
-            with torch.no_grad():
-                teacher.eval()
-                teacher_logits = _logits(teacher, inputs, text, wanted)
-            seen_t.check("teacher")
-        own_inputs = bool(self.pairs) and not self.teacher_inputs
-        student_logits = None
-        outputs, calls = list[Any](), seen_t.calls
-        if needs_logits or own_inputs:
-            with _watched([s for s, _ in self.pairs] if own_inputs else []) as seen_s:
-                student_logits = _logits(student, inputs, text, wanted)
-                seen_s.check("student")
-                if own_inputs:
-                    outputs, calls = seen_s.outputs, seen_s.calls
-        if LAYERS in self.weights and self.teacher_inputs:
-            outputs = [module(*args, **kwargs) for (module, _), (args, kwargs) in zip(self.pairs, calls, strict=True)]
+        extra = {"attention_mask": attention_mask} if text and attention_mask is not None else {}
+        teacher_logits, taught = self._run_teacher(inputs, text, extra)
+        student_logits, learnt = self._run_student(inputs, text, extra, taught)
         self.parts = {}
-        if needs_logits and student_logits is not None:
+        if student_logits is not None:
             self._logit_losses(student_logits, teacher_logits, inputs, attention_mask, labels, counts.predicted, text)
         if LAYERS in self.weights:
-            wanted_outputs = [_first(output) for output in seen_t.outputs]
-            self._compare(LAYERS, list(map(_first, outputs)), wanted_outputs, attention_mask, counts.seen)
+            self._compare(LAYERS, list(map(_first, learnt.outputs)), list(map(_first, taught.outputs)), attention_mask,
+                          counts.seen, text)
         if MATRICES in self.weights:
             with torch.no_grad():
-                maps = [_map(t, call, output) for (_, t), call, output in
-                        zip(self.pairs, seen_t.calls, seen_t.outputs, strict=True)]
-            own = [_map(s, call, None) for (s, _), call in zip(self.pairs, calls, strict=True)]
-            self._compare(MATRICES, own, maps, attention_mask, counts.seen)
+                wanted = [_map(teacher, seen) for (_, teacher), seen in zip(self.pairs, taught.all(), strict=True)]
+            own = [_map(student, seen) for (student, _), seen in zip(self.pairs, learnt.all(), strict=True)]
+            self._compare(MATRICES, own, wanted, attention_mask, counts.seen, text)
         total = sum((weight * self.parts[name] for name, weight in self.weights.items()),
                     start=torch.zeros((), device=inputs.device))
         self.parts = {name: part.detach() for name, part in self.parts.items()}
         return total
+
+    def _run_teacher(self, inputs: Tensor, text: bool, extra: Mapping[str, Any]) -> tuple[Tensor | None, _Seen]:
+        """Its logits, and what its layers saw; not run at all where no loss looks at it."""
+        with _watched([teacher for _, teacher in self.pairs]) as seen, torch.no_grad():
+            if set(self.weights) <= set(FROM_LABELS):
+                return None, seen
+            logits = _logits(self.teacher.eval(), inputs, text, extra)
+        seen.check("teacher")
+        return logits, seen
+
+    def _run_student(self, inputs: Tensor, text: bool, extra: Mapping[str, Any], taught: _Seen
+                     ) -> tuple[Tensor | None, _Seen]:
+        """Its logits (None where no loss needs them), and what its layers saw: of the batch, or the teacher's."""
+        modules = [student for student, _ in self.pairs]
+        needs_logits = any(name in KINDS for name in self.weights)
+        forced = self.teacher_inputs and bool(modules)
+        logits = None
+        with _watched([] if forced else modules) as seen:
+            if needs_logits or not forced:
+                logits = _logits(self.student, inputs, text, extra)
+        seen.check("student")
+        if forced:
+            seen = _Seen(modules)
+            for i, (module, (args, kwargs)) in enumerate(zip(modules, taught.calls, strict=True)):
+                seen.saw(i, args, kwargs, module(*args, **kwargs) if LAYERS in self.weights else None)
+        return (logits if needs_logits else None), seen
 
     @staticmethod
     def count(inputs: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Counts:
@@ -166,17 +174,18 @@ class Distiller(nn.Module):
         seen = inputs.numel() if attention_mask is None else int((attention_mask != 0).sum())
         return Counts(int(_valid(inputs, attention_mask, labels).sum()), seen)
 
-    def _logit_losses(self, student: Tensor, teacher: Tensor, inputs: Tensor, mask: Tensor | None,
+    def _logit_losses(self, student: Tensor, teacher: Tensor | None, inputs: Tensor, mask: Tensor | None,
                       labels: Tensor | None, count: int, text: bool) -> None:
-        width = self._width(student.shape[-1], teacher.shape[-1])
+        width = self._width(student.shape[-1], student.shape[-1] if teacher is None else teacher.shape[-1])
         targets = labels
         if text:
             valid_BM = _valid(inputs, mask, labels)
             targets = (inputs if labels is None else labels)[:, 1:][valid_BM]
-            student, teacher = student[:, :-1][valid_BM], teacher[:, :-1][valid_BM]
+            student = student[:, :-1][valid_BM]
+            teacher = None if teacher is None else teacher[:, :-1][valid_BM]
         if targets is not None and len(targets) and int(targets.max()) >= width:
             raise UserError(f"the label {int(targets.max())} lies outside the {width:,} logits", "check the vocabulary")
-        student_MV, teacher_MV = student[..., :width], teacher[..., :width]
+        student_MV, teacher_MV = student[..., :width], None if teacher is None else teacher[..., :width]
         for name in self.weights:
             if name in KINDS:
                 if name == "ce" and targets is None:
@@ -185,15 +194,16 @@ class Distiller(nn.Module):
                 self.parts[name] = rows_M.sum() / count
 
     def _compare(self, name: str, student: list[Tensor], teacher: list[Tensor], mask: Tensor | None,
-                 count: int) -> None:
+                 count: int, text: bool) -> None:
         """The relative error of outputs [B, L, D] or matrices [B, H, L, L]: a mean over tokens, layers and heads."""
         total = torch.zeros((), device=teacher[0].device)
         for own, wanted in zip(student, teacher, strict=True):
             if own.shape != wanted.shape:
                 raise UserError(f"a student's layer gives {list(own.shape)}, its teacher's {list(wanted.shape)}",
                                 f"match layers of one width and head count, or leave {name} out")
-            rows = relative_error(own, wanted)  # [B, L] or [B, H, L]
-            rows = rows.mean(1) if rows.dim() == 3 else rows
+            rows = relative_error(own, wanted)  # [B, L], or [B, H, L] of matrices
+            rows = rows.mean(1) if name == MATRICES else rows
+            rows = rows if text else rows.flatten(1).mean(1) if rows.dim() > 1 else rows  # an image's tokens
             total = total + (rows if mask is None else rows[mask != 0]).sum()
         self.parts[name] = total / (count * len(student))
 
@@ -269,6 +279,11 @@ class _Seen:
     def outputs(self) -> list[Any]:
         return [found[0] for found in self._outputs]
 
+    def all(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+        """(arguments, keyword arguments, output) of every module."""
+        for (args, kwargs), output in zip(self._calls, self.outputs, strict=True):
+            yield args, kwargs, output
+
     @property
     def calls(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         return self._calls
@@ -287,11 +302,10 @@ def _watched(modules: Sequence[nn.Module]) -> Iterator[_Seen]:
             handle.remove()
 
 
-def _map(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> Tensor:
-    """The matrix [B, H, L, L] of a Mamba-2 mixer on the input of ``call``, or the attention map in ``output``."""
-    mixer = getattr(module, "mixer", module)
+def _map(module: nn.Module, seen: tuple[tuple[Any, ...], dict[str, Any], Any]) -> Tensor:
+    """The matrix [B, H, L, L] of a Mamba-2 mixer on what it was called with, or the attention map that came out."""
+    mixer, (args, kwargs, output) = getattr(module, "mixer", module), seen
     if isinstance(mixer, SSDMixer):
-        args, kwargs = call
         return ssd_matrix(mixer, args[0] if args else kwargs["hidden_states"])
     if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
         return output[1]

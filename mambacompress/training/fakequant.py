@@ -11,6 +11,9 @@ step alone), not a simulation of it. Rounding to nearest never clips weights and
 the straight-through gradient has no dead zone. Source: Jacob et al. (arXiv 1712.05877), distilled as in LLM-QAT
 (2305.17888).
 
+The zeros of a model that says it is N:M sparse stay zeros: their gradient is masked, so that neither a step nor weight
+decay moves them.
+
 Formats that need calibration (static activations, int8 scans, searched scales) or move weights (folds, rotations) are
 refused: round in the basis the model is trained in.
 
@@ -37,6 +40,7 @@ from mambacompress.models.packed import (
     rearrange,
 )
 from mambacompress.numerics import fake_quantize_activation, fake_quantize_weight
+from mambacompress.passes.patterns import declared
 from mambacompress.passes.rounding import check_groups
 from mambacompress.schema import MapFormat, QuantizeConfig
 
@@ -46,44 +50,50 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias: Tensor | None, weights: WeightFormat,
-                activations: ActivationFormat) -> Tensor:
+                activations: ActivationFormat, kept_OI: Tensor | None) -> Tensor:
         packed = PackedLinear.from_float(weight_OI, bias, weights=weights, activations=activations)
         if activations.mode == "none":  # a float sum depends on the order: that of a loaded artifact
             rearrange(packed)
-        ctx.save_for_backward(x, packed.dequantize())
+        ctx.save_for_backward(x, packed.dequantize(), kept_OI)
         ctx.activations, ctx.biased = activations, bias is not None
         return packed(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        x, rounded_OI = ctx.saved_tensors
+        x, rounded_OI, kept_OI = ctx.saved_tensors
         (dy,) = grads
         seen = x if ctx.activations.mode == "none" else fake_quantize_activation(x, ctx.activations.mode,
                                                                                  ctx.activations.bits)
         flat_dy, flat_x = dy.flatten(0, -2), seen.flatten(0, -2)
         dx = (dy @ rounded_OI.to(dy.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         dW = flat_dy.float().T @ flat_x.float() if ctx.needs_input_grad[1] else None
+        if dW is not None and kept_OI is not None:
+            dW = dW.masked_fill(~kept_OI, 0)
         db = flat_dy.float().sum(0) if ctx.biased and ctx.needs_input_grad[2] else None
-        return dx, dW, db, None, None
+        return dx, dW, db, None, None, None
 
 
 class FakeQuantLinear(nn.Module):
-    """A linear that computes as it will be packed. weight: [O, I], bias: [O] or None, the very parameters given."""
+    """A linear that computes as it will be packed. weight: [O, I], bias: [O] or None, the very parameters given.
+    sparse: its zeros stay.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    kept: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, weights: WeightFormat,
-                 activations: ActivationFormat) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, weights: WeightFormat, activations: ActivationFormat, *,
+                 sparse: bool = False) -> None:
         super().__init__()
         self.register_parameter("weight", weight)  # type: ignore[arg-type]
         self.register_parameter("bias", bias)  # type: ignore[arg-type]
         self.weights, self.activations = weights, activations
         self.out_features, self.in_features = weight.shape
+        self.register_buffer("kept", weight.detach() != 0 if sparse else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # the kernel rounds what it is given
-            return _Packed.apply(x, self.weight, self.bias, self.weights, self.activations)
+            return _Packed.apply(x, self.weight, self.bias, self.weights, self.activations, self.kept)
 
     def plain(self) -> nn.Module:
         """The float linear on the same parameters."""
@@ -130,13 +140,15 @@ def aware(model: Any, format_: QuantizeConfig) -> ModelMap:
     model_map = LanguageModel.of(model).model_map
     if any(isinstance(module, (*FAKE, PackedLinear, PackedEmbedding)) for module in model.modules()):
         raise UserError("this model is quantized already, or trained as if it were", "start from a float model")
+    sparse = {tensor for pattern in declared(model_map.host.config) for tensor in pattern.maps}
     places: list[tuple[nn.Module, str, nn.Module]] = []
     for block in model_map.blocks:
         for path, sites in block.matrices().items():
             wanted = format_.of(sites[0].tensor)
             if wanted is not None:
                 where = f"block {block.index} {sites[0].tensor}"
-                places.append((block.module, path, _linear(block.module.get_submodule(path), wanted, where)))
+                linear = block.module.get_submodule(path)
+                places.append((block.module, path, _linear(linear, wanted, where, sites[0].tensor in sparse)))
     places += _ends(model_map, format_)
     if not places:
         raise UserError(f"nothing to quantize: this model has no {', '.join(format_.maps)}", "name other `maps`")
@@ -187,12 +199,12 @@ def _ends(model_map: ModelMap, format_: QuantizeConfig) -> list[tuple[nn.Module,
     return made
 
 
-def _linear(module: nn.Module, format_: MapFormat, where: str) -> FakeQuantLinear:
+def _linear(module: nn.Module, format_: MapFormat, where: str, sparse: bool = False) -> FakeQuantLinear:
     if not isinstance(module, nn.Linear):
         raise UserError(f"{where} is a {type(module).__name__}, which cannot be trained quantization-aware",
                         "start from a float model as it was published")
     check_groups(where, module.in_features, _weights(format_).grid)
-    return FakeQuantLinear(module.weight, module.bias, _weights(format_), _activations(format_))
+    return FakeQuantLinear(module.weight, module.bias, _weights(format_), _activations(format_), sparse=sparse)
 
 
 def _check(format_: QuantizeConfig) -> None:

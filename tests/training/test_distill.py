@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import mambacompress as mc
 from mambacompress.errors import UserError
 from mambacompress.training.distill import Counts, Distiller, layer_pairs, total_counts
+from mambacompress.training.lm import token_loss
 from tests.training.toy import VOCABULARY, Toy, tokens
 
 B, L = 3, 8
@@ -175,6 +176,13 @@ def test_the_teacher_is_in_eval_mode_and_gets_no_gradient():
     assert not any("teacher" in name for name in loss.state_dict())
 
 
+def test_a_teacher_that_no_loss_needs_is_not_run():
+    student, teacher = pair()
+    teacher.register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
+    loss = mc.distill(student, teacher, "ce")
+    assert loss(ids()).item() == pytest.approx(token_loss(student, ids()).item(), rel=1e-5)
+
+
 def test_a_student_learns_its_teacher():
     student, teacher = pair()
     loss = mc.distill(student, teacher, "kl")
@@ -282,6 +290,20 @@ def test_with_the_teachers_inputs_errors_do_not_add_up(hosts: tuple[Any, Any]):
     assert grad is not None
     assert grad.abs().sum() > 0
     assert student.backbone.embeddings.weight.grad is None, "the teacher's inputs bring no gradient to what is below"
+
+
+def test_layers_of_image_models_are_averaged_over_an_images_tokens():
+    from mambacompress.models.vision import VisionMamba, VisionShape
+
+    shape = VisionShape(image=4, channels=1, classes=3, width=6, depth=2, patch=2)
+    student, teacher, x = VisionMamba(shape, 1), VisionMamba(shape, 2), torch.randn(3, 1, 4, 4)
+    seen = {}
+    for name, model in (("student", student), ("teacher", teacher)):
+        h = model.stem(x).flatten(2).transpose(1, 2) + model.positions
+        seen[name] = model.blocks[0](h, (2, 2))
+    wanted = ((seen["student"] - seen["teacher"]).square().sum(-1) / seen["teacher"].square().sum(-1)).mean()
+    loss = mc.distill(student, teacher, "layers", layers=[(student.blocks[0], teacher.blocks[0])])
+    assert loss(x).item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
 def test_a_layer_that_is_bypassed_is_an_error():

@@ -118,6 +118,42 @@ def test_self_distillation_brings_a_quantized_model_nearer(model_directory: Any)
     assert value.item() < 0.7 * start
 
 
+def test_a_sparse_student_stays_sparse(model_directory: Any, tmp_path: Path):
+    """2:4 by self-distillation, then int8 by self-distillation: the zeros outlive Adam, decay and packing."""
+    model = mc.load(model_directory("mamba"))
+    teacher = copy.deepcopy(model)
+    with mc.attach(model, "nm-2of4", steps=3) as session:
+        loss = mc.distill(model, teacher, "kl")
+        optimizer = torch.optim.AdamW(loss.parameters(), 1e-3)
+        for _ in range(3):
+            loss(ids()).backward()
+            optimizer.step()
+            session.step(optimizer)
+            optimizer.zero_grad()
+    linear = model.backbone.layers[0].mixer.in_proj
+    zeros = linear.weight == 0
+    assert zeros.reshape(-1, 4).sum(1).min() >= 2
+    aware(model, QuantizeConfig(**FORMATS["w8a8"]))
+    loss, before = mc.distill(model, teacher, "kl"), linear.weight.detach().clone()
+    optimizer = torch.optim.AdamW(loss.parameters(), 1e-2, weight_decay=0.1)
+    for _ in range(3):
+        loss(ids()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(linear.weight == 0, zeros)
+    assert not torch.equal(linear.weight, before)
+    with torch.no_grad():
+        seen = logits(model)
+    plain(model)
+    recipe = {"name": "sparse", "passes": [{"quantize": FORMATS["w8a8"]}]}
+    made = mc.quantize(model.eval(), recipe, calibration=torch.randint(1, 97, (2, 16)), out=tmp_path / "out")
+    mc.verify(made.directory)
+    packed = mc.load(made.directory)
+    assert "Sparse" in type(packed.backbone.layers[0].mixer.in_proj).__name__
+    with torch.no_grad():
+        torch.testing.assert_close(logits(packed), seen, rtol=0, atol=0)
+
+
 def test_the_float_model_comes_back_on_the_same_parameters(model_directory: Any):
     model = mc.load(model_directory("mamba"))
     before, kept = logits(model).detach(), dict(model.named_parameters())

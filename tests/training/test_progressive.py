@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +21,13 @@ from mambacompress.distilling.images import load_chain, load_models, run_progres
 from mambacompress.errors import UserError
 from mambacompress.eval.progressive import load_progressive, operations
 from mambacompress.eval.vision import correct, top1
-from mambacompress.images import ImageData, Images
 from mambacompress.models.flops import vision_flops
 from mambacompress.training.config import TrainConfig
 from mambacompress.training.lm import fit
 from mambacompress.training.log import read_log
 from mambacompress.training.progressive import Chain, Mixture, Remembered, Residual
 from mambacompress.training.vision import Labels, logits_of
+from tests.training.chain import DATA, RECIPE, run
 
 
 @pytest.fixture(autouse=True)
@@ -31,25 +35,7 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
-def images(count: int, seed: int) -> Images:
-    """Three classes: where the bright bar lies."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 3, (count,), generator=generator)
-    pixels = torch.randint(0, 60, (count, 1, 6, 6), generator=generator, dtype=torch.uint8)
-    for i, label in enumerate(labels):
-        pixels[i, 0, 2 * int(label) : 2 * int(label) + 2] += 120
-    return Images(pixels, labels)
-
-
-DATA = ImageData("toy", images(120, 0), images(50, 1))
 CONFIG = TrainConfig(steps=12, batch=10, length=9, warmup=2, learning_rate=0.01)
-RECIPE: dict[str, Any] = {
-    "kind": "progressive", "name": "toy", "data": "mnist", "augment": "shift", "shape": {"patch": 2, "depth": 1},
-    "teacher": {"shape": {"width": 8}, "train": {"steps": 30, "batch": 20, "warmup": 3, "learning_rate": 0.01}},
-    "students": [{"width": 6}, {"width": 3, "rank": 1, "states": 2}], "single": {"width": 7},
-    "train": {"steps": 12, "batch": 20, "warmup": 2, "learning_rate": 0.01},
-}
-
 
 class Linear(nn.Module):
     """A classifier of pixels."""
@@ -86,8 +72,8 @@ def test_a_students_gradient_is_the_residual_error_of_the_sum(soft: str):
     """mse: sum - teacher; kl: T (softmax(sum / T) - softmax(teacher / T)); both over the batch."""
     torch.manual_seed(2)
     f, before, teacher = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3), torch.randn(4, 3)
-    mixture = Mixture(alpha=0.0, temperature=2.0, soft=soft)
-    mixture.loss(before + f, teacher, torch.zeros(4, dtype=torch.long)).backward()
+    mixture, labels = Mixture(alpha=0.0, temperature=2.0, soft=soft), torch.zeros(4, dtype=torch.long)
+    mixture.loss(before + f, teacher, labels).backward()
     total = (before + f).detach()
     wanted = 2 * (total - teacher) / 3 if soft == "mse" else 2 * ((total / 2).softmax(-1) - (teacher / 2).softmax(-1))
     torch.testing.assert_close(f.grad, wanted / 4)
@@ -149,10 +135,6 @@ def test_the_answer_can_be_read_at_any_time():
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
-
-
-def run(out: Path, *, resume: bool = False, **changes: Any) -> Any:
-    return run_progressive(load_distill_recipe(RECIPE | changes), DATA, out, resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +207,24 @@ def test_a_stopped_run_goes_on_to_the_same_losses(finished: tuple[Path, Any], tm
     assert report.rows == finished[1].rows
     for name in ("teacher", "student-1", "student-2", "single"):
         assert read_log(tmp_path / name) == read_log(finished[0] / name)
+
+
+def test_two_processes_see_the_losses_of_one(finished: tuple[Path, Any], tmp_path: Path, repository: Path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = [sys.executable, str(repository / "tests" / "training" / "chain.py"), str(tmp_path)]
+    common = os.environ | {"PYTHONPATH": str(repository), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+                           "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [subprocess.Popen(script, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+                                  stderr=subprocess.PIPE) for rank in range(2)]
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    for name in ("teacher", "student-1", "student-2", "single"):
+        one, two = ([row["loss"] for row in read_log(out / name)] for out in (finished[0], tmp_path))
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+    assert [row.flops for row in load_progressive(tmp_path).rows] == [row.flops for row in finished[1].rows]
 
 
 def test_another_recipe_does_not_go_on(finished: tuple[Path, Any]):
