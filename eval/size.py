@@ -155,6 +155,10 @@ def _weights_in(entry: TensorEntry, layout: dict[str, Any]) -> int:
     if _is_scale(leaf) or _is_mask(leaf):
         return 0
     items = math.prod(entry.shape)
+    pattern = layout.get(path, {}).get("pattern")
+    if pattern is not None and leaf == "values":  # of N:M sparse weights only N are stored
+        keep, _, of = pattern.partition(":")
+        return items // int(keep) * int(of)
     bits = _bits(layout.get(path, {}))
     return items * ITEM_BITS[entry.dtype] // bits if bits and entry.dtype in ("U8", "I8", "I32") else items
 

@@ -9,8 +9,12 @@
 
 ``load``, ``load_tokenizer``   a model, float or compressed, and its tokenizer
 ``quantize`` (``compress``)    a recipe's passes over a model, into an artifact
+``save``                       a float model, trained since it was loaded, as an ordinary directory
 ``inspect``                    the plan of a recipe: what it would do, what it refuses and why
 ``train``                      a model from scratch, by a training recipe
+``sparsify``                   to N:M sparsity by a recipe, in one shot or by training
+``soup``                       the same in phases, each the average of retrained replicas
+``attach``, ``Session``        fine-tune to an N:M pattern in your own loop
 ``generate``                   text or token ids, in a lean loop
 ``evaluate``                   perplexity, divergence from the original, tasks, size and speed
 ``verify``                     an artifact against its own manifest
@@ -34,23 +38,31 @@ if TYPE_CHECKING:
         load,
         load_tokenizer,
         quantize,
+        save,
         verify,
     )
     from mambacompress.errors import CheckFailed, UserError
     from mambacompress.eval import Candidate, evaluate
     from mambacompress.pretraining import train
     from mambacompress.recipe import Recipe, load_recipe
+    from mambacompress.souping import soup
+    from mambacompress.sparsifying import sparsify
+    from mambacompress.training.session import Session, attach
 
 __version__ = "0.1.0"
 
 _HOME = {
     **dict.fromkeys(
-        ("Compressed", "compress", "generate", "inspect", "load", "load_tokenizer", "quantize", "verify"), "api"
+        ("Compressed", "compress", "generate", "inspect", "load", "load_tokenizer", "quantize", "save", "verify"),
+        "api",
     ),
     **dict.fromkeys(("CheckFailed", "UserError"), "errors"),
     **dict.fromkeys(("Recipe", "load_recipe"), "recipe"),
     **dict.fromkeys(("Candidate", "evaluate"), "eval"),
     "train": "pretraining",
+    "soup": "souping",
+    "sparsify": "sparsifying",
+    **dict.fromkeys(("Session", "attach"), "training.session"),
 }
 
 __all__ = [
@@ -58,7 +70,9 @@ __all__ = [
     "CheckFailed",
     "Compressed",
     "Recipe",
+    "Session",
     "UserError",
+    "attach",
     "compress",
     "evaluate",
     "generate",
@@ -67,6 +81,9 @@ __all__ = [
     "load_recipe",
     "load_tokenizer",
     "quantize",
+    "save",
+    "soup",
+    "sparsify",
     "train",
     "verify",
 ]

@@ -5,6 +5,7 @@ Kept apart from ``__init__`` so that importing the package loads neither torch n
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mambacompress import artifact, data, pipeline, storage
 from mambacompress.errors import UserError
+from mambacompress.models.families import restore
 from mambacompress.models.families.checkpoint import (
     Checkpoint,
     live_checkpoint,
@@ -128,6 +130,24 @@ def quantize(
     Raises UserError for bad input, CheckFailed where the result does not pass the recipe's checks.
     """
     chosen = load_recipe(recipe, overrides)
+    if chosen.training is not None:
+        raise UserError(f"recipe {chosen.name!r} trains the model first", "use sparsify")
+    return apply_recipe(model, chosen, calibration=calibration, out=out, tokenizer=tokenizer, resume=resume,
+                        device=device, progress=progress)
+
+
+def apply_recipe(
+    model: Any,
+    chosen: Recipe,
+    *,
+    calibration: Texts | None = None,
+    out: str | Path | None = None,
+    tokenizer: Any = None,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: pipeline.Progress | None = None,
+) -> Compressed:
+    """The recipe's passes over ``model`` as it is, whatever has trained it before; see ``quantize``."""
     checkpoint, name = _source(model)
     planned_tokens = _tokens(chosen, checkpoint, calibration, tokenizer)
     temporary = None
@@ -157,6 +177,22 @@ def inspect(model: Any, recipe: str | Path | Recipe | Mapping[str, Any], overrid
     """The dry run: what ``quantize`` would do, what it refuses and why. Reads shapes, no weights."""
     checkpoint, _ = _source(model)
     return pipeline.plan(checkpoint, load_recipe(recipe, overrides)).plan
+
+
+def save(model: Any, directory: str | Path, *, tokenizer: Any = None) -> Path:
+    """Write a float model that ``load`` gave (trained since, or not) as an ordinary transformers directory; returns it.
+
+    Weights that are sparse stay so, and the configuration says it; ``sparsify`` and ``quantize`` pack them. tokenizer:
+    the one of the directory the model was loaded from, where None. Raises UserError for a compressed model, and where
+    ``directory`` is not empty.
+    """
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} already exists", "choose another directory or remove it")
+    storage.make_directory(target)
+    restore(copy.deepcopy(model)).save_pretrained(target)
+    (load_tokenizer(model) if tokenizer is None else tokenizer).save_pretrained(target)
+    return target
 
 
 def verify(directory: str | Path) -> dict[str, Any]:

@@ -254,9 +254,10 @@ def finish(directory: Path, manifest: dict[str, Any], files: list[str]) -> None:
 
 
 def verify(directory: str | Path) -> dict[str, Any]:
-    """Recompute hashes and coverage from the files themselves; raises CheckFailed naming the first thing that is wrong.
+    """Recompute hashes, coverage and N:M patterns from the files themselves; raises CheckFailed naming the first thing
+    that is wrong.
 
-    Returns the counted figures: files, bytes, coverage, packed layers.
+    Returns the counted figures: files, bytes, coverage, packed layers; patterns by layer, their weights and zeros.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
@@ -278,6 +279,11 @@ def verify(directory: str | Path) -> dict[str, Any]:
             f"coverage counted from the tensors is {counted:.4f}, the manifest says {manifest['coverage']:.4f}",
             "the manifest was edited: rerun the compression",
         )
+    sparse = {name: m for name, m in host.named_modules() if isinstance(m, packed.PackedSparseLinear)}
+    for name, module in sparse.items():
+        if module.excess():
+            raise CheckFailed(f"{name} is not {module.pattern}: {module.excess():,} of its groups do not keep "
+                              f"{module.pattern.keep} weights", "the file was edited: rerun the compression")
     for name, tensor in host.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckFailed(f"tensor {name!r} holds NaN or Inf", "rerun the compression")
@@ -286,6 +292,9 @@ def verify(directory: str | Path) -> dict[str, Any]:
         "bytes": sum(f["bytes"] for f in manifest["files"].values()),
         "coverage": counted,
         "packed": sum(isinstance(m, packed.PACKED) for m in host.modules()),
+        "patterns": {name: str(module.pattern) for name, module in sparse.items()},
+        "zeros": sum(int((module.codes() == 0).sum()) for module in sparse.values()),
+        "sparse_weights": sum(module.rows * module.columns for module in sparse.values()),
     }
 
 

@@ -32,6 +32,8 @@ from mambacompress.models.packed import PACKED
 from mambacompress.passes.base import Pass, Plan
 from mambacompress.passes.fuse_norms import FuseNorms
 from mambacompress.passes.gptq import Gptq
+from mambacompress.passes.patterns import check_patterns, declared
+from mambacompress.passes.prune import Prune
 from mambacompress.passes.quantize import Quantize
 from mambacompress.passes.rotate import Rotate
 from mambacompress.passes.smooth import Smooth
@@ -42,6 +44,7 @@ PASSES: dict[str, Callable[[Any], Pass]] = {
     "fuse_norms": FuseNorms,
     "smooth": Smooth,
     "rotate": Rotate,
+    "prune": Prune,
     "gptq": Gptq,
     "quantize": Quantize,
 }
@@ -68,6 +71,10 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> PlannedRun:
     model_map = checkpoint.host()
     checkpoint.check(model_map)
     passes = [PASSES[name](config) for name, config in recipe.steps()]
+    if not any(isinstance(item, Prune) for item in passes):  # a model that was trained sparse stays so
+        passes += [Prune(config) for config in declared(checkpoint.config)]
+        passes.sort(key=lambda item: item.rank)
+    check_patterns(passes)
     for earlier, later in pairwise(passes):
         if earlier.rank > later.rank:
             raise UserError(
@@ -242,6 +249,8 @@ class _Run:
             self.progress(item.name, block.index, total)
             result = item.apply_block(block, calibration.before(self.passes[i + 1 :]))
             record.update({f"{item.name}.{k}": v for k, v in result.items()})
+        for item in self.passes:
+            item.finish_block(block)
         outputs = calibration.outputs(block)
         record["error"] = _finite(calibration.error_of(outputs), block)
         self.work.store(f"hidden-{block.index + 1:05d}", {f"{i:06d}": h for i, h in enumerate(outputs)})

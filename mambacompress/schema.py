@@ -2,47 +2,36 @@
 
 Every key is declared (``extra="forbid"``), every value is checked against its choices, and what cannot work together is
 refused here, before any model is looked at. Anything a recipe does not name stays as it is: no fold, no rotation, no
-packing. Loading, overrides and readable errors are in ``recipe``.
+packing. What a pass takes is in ``pass_schema``; loading, overrides and readable errors are in ``recipe``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
+
+from mambacompress.pass_schema import (
+    LINEARS,
+    PERCENTILES,
+    TENSORS,
+    FuseNormsConfig,
+    GptqConfig,
+    MapFormat,
+    MapOverride,
+    PruneConfig,
+    QuantizeConfig,
+    RotateConfig,
+    SmoothConfig,
+    Strict,
+    TensorName,
+    WeightOverride,
+    Weights,
 )
-
-PERCENTILES = (99.9, 99.99, 99.999, 100.0)
-
-Weights = Literal["int8", "int4"]
-Activations = Literal["none", "int8-token", "int8-tensor", "int4-token", "int4-tensor"]
-TensorName = Literal["in_proj", "x_proj", "dt_proj", "out_proj", "embedding", "head"]
-TENSORS: tuple[TensorName, ...] = get_args(TensorName)
-LINEARS: tuple[TensorName, ...] = ("in_proj", "x_proj", "dt_proj", "out_proj")
-
-# YAML reads a bare on/off as a boolean.
-Fold = Annotated[
-    Literal["auto", "on", "off"],
-    BeforeValidator(lambda v: {True: "on", False: "off"}.get(v, v) if isinstance(v, bool) else v),
-]
-
-
-class Strict(BaseModel):
-    """Frozen, and no key beyond the declared ones."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from mambacompress.training.sparse_config import SoupConfig, SparseTraining
 
 
 class CalibrationConfig(Strict):
@@ -54,176 +43,13 @@ class CalibrationConfig(Strict):
     seed: int = 0
 
 
-class FuseNormsConfig(Strict):
-    """Fold every norm's weight into the linears that read it. Nothing to choose."""
-
-
-class SmoothConfig(Strict):
-    """Exact scale folds; auto: kept in a block only where it lowers the block's output error.
-
-    gate S2, norm_gate S2', conv S3, states S4, norm S1, dt S5, conv_in S7 (methods: smoothing). alphas: exponents
-    tried, the share of the activations' range that is moved into the weights.
-    """
-
-    gate: Fold = "off"
-    norm_gate: Fold = "off"
-    conv: Fold = "off"
-    states: Fold = "off"
-    norm: Fold = "off"
-    dt: Fold = "off"
-    conv_in: Fold = "off"
-    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((0.3, 0.5, 0.7), min_length=1)
-
-    @property
-    def folds(self) -> dict[str, str]:
-        """The folds asked for, name -> auto or on."""
-        return {name: value for name, value in self if name != "alphas" and value != "off"}
-
-
-class RotateConfig(Strict):
-    """Orthogonal changes of basis. residual R1 and dt R5 are free at run time; out R2 and x R6 are online transforms.
-
-    untie: give a tied head its own rotated weight instead of a small matrix before it (larger file).
-    """
-
-    residual: Literal["klt-hadamard", "hadamard", "random", "none"] = "none"
-    dt: Literal["klt-hadamard", "hadamard", "random", "none"] = "none"
-    out: Literal["hadamard", "none"] = "none"
-    x: Literal["hadamard", "none"] = "none"
-    seed: int = 0
-    untie: bool = False
-
-
-def _group_size(weights: str | None, group_size: int | None) -> None:
-    if group_size is not None and group_size % 2:
-        raise ValueError(f"group_size {group_size} is odd, and two 4-bit values share a byte")
-    if weights == "int8" and group_size is not None:
-        raise ValueError("int8 weights have one scale a row, group_size belongs to int4: set group_size to null")
-
-
-class WeightOverride(Strict):
-    """The weight format of one tensor, where it differs; whatever is not named stays (int8 always drops the groups)."""
-
-    weights: Weights | None = None
-    group_size: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _legal(self) -> WeightOverride:
-        _group_size(self.weights, self.group_size)
-        return self
-
-    def applied(self, weights: Weights, group_size: int | None) -> tuple[Weights, int | None]:
-        """(weights, group size) of the tensor, given those of all."""
-        weights = self.weights or weights
-        if weights == "int8":
-            return weights, None
-        return weights, self.group_size if "group_size" in self.model_fields_set else group_size
-
-
-class MapOverride(WeightOverride):
-    """What differs for one tensor; whatever is not named stays as ``quantize`` says."""
-
-    activations: Activations | None = None
-
-
-class MapFormat(Strict):
-    """How one tensor is stored and multiplied. group_size None: one scale a row."""
-
-    weights: Weights
-    group_size: int | None
-    activations: Activations
-
-    @property
-    def bits(self) -> int:
-        return 4 if self.weights == "int4" else 8
-
-
-class QuantizeConfig(Strict):
-    """Packs weights and quantizes activations.
-
-    maps: which tensors; the rest stays float. overrides: per tensor. percentile: clipping points of static ranges that
-    are tried, ``auto`` for all of methods, a number for one. scan int8: static int8 u, B, C, z and dt into the scan as
-    well. scale_search: search each row's or group's clipping for the least error. bias_correction: add the mean error
-    to the bias. rest: what the block's unpacked matrices (A_log, convolutions) are stored in; float16 where that keeps
-    60 dB of one, computed with in fp32 as ever.
-    """
-
-    weights: Weights = "int8"
-    group_size: PositiveInt | None = None
-    activations: Activations = "none"
-    maps: tuple[TensorName, ...] = Field(TENSORS, min_length=1)
-    overrides: dict[TensorName, MapOverride] = Field(default_factory=dict)
-    percentile: tuple[Annotated[float, Field(gt=50, le=100)], ...] = Field((100.0,), min_length=1)
-    scan: Literal["none", "int8"] = "none"
-    scale_search: bool = False
-    bias_correction: bool = False
-    rest: Literal["float32", "float16"] = "float32"
-
-    @field_validator("percentile", mode="before")
-    @classmethod
-    def _candidates(cls, value: Any) -> Any:
-        if value == "auto":
-            return PERCENTILES
-        if isinstance(value, str):
-            raise ValueError(f"percentile {value!r} is neither auto, a number nor a list of numbers")
-        return value if isinstance(value, Sequence) else (value,)
-
-    @model_validator(mode="after")
-    def _legal(self) -> QuantizeConfig:
-        _group_size(self.weights, self.group_size)
-        unused = set(self.overrides) - set(self.maps)
-        if unused:
-            raise ValueError(f"overrides name {', '.join(sorted(unused))}, which maps leaves in float")
-        return self
-
-    def of(self, tensor: str) -> MapFormat | None:
-        """The format of a tensor by its recipe name; None where it stays float. An embedding has no activations."""
-        if tensor not in self.maps:
-            return None
-        override = self.overrides.get(tensor, MapOverride())  # type: ignore[call-overload]
-        weights, group_size = override.applied(self.weights, self.group_size)
-        activations = "none" if tensor == "embedding" else override.activations or self.activations
-        return MapFormat(weights=weights, group_size=group_size, activations=activations)
-
-
-class GptqConfig(Strict):
-    """Error-compensating rounding of the linears' weights, in the format ``quantize`` packs afterwards.
-
-    weights, group_size and overrides (per tensor): taken from ``quantize`` where not named; a tensor at 8 bits is left
-    to it. damp: share of the mean diagonal added to the Hessian. act_order: round the most excited columns first.
-    refine: sweeps of coordinate descent and scale fitting afterwards. compensate: aim at the float output, making good
-    what the linears before have lost.
-    """
-
-    weights: Weights = "int4"
-    group_size: PositiveInt | None = None
-    damp: PositiveFloat = 0.01
-    act_order: bool = False
-    maps: tuple[TensorName, ...] = Field(LINEARS, min_length=1)
-    block: PositiveInt = 128
-    refine: NonNegativeInt = 3
-    compensate: bool = False
-    overrides: dict[TensorName, WeightOverride] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _legal(self) -> GptqConfig:
-        _group_size(self.weights, self.group_size)
-        if "embedding" in self.maps:
-            raise ValueError("an embedding is looked up, not multiplied: gptq has nothing to compensate there")
-        return self
-
-    def of(self, tensor: str) -> tuple[Weights, int | None]:
-        """(weights, group size) of a tensor by its recipe name."""
-        override = self.overrides.get(tensor, WeightOverride())  # type: ignore[call-overload]
-        return override.applied(self.weights, self.group_size)
-
-
 class Step(Strict):
     """One entry of ``passes``: exactly one pass and its configuration."""
 
     fuse_norms: FuseNormsConfig | None = None
     smooth: SmoothConfig | None = None
     rotate: RotateConfig | None = None
+    prune: PruneConfig | None = None
     gptq: GptqConfig | None = None
     quantize: QuantizeConfig | None = None
 
@@ -262,12 +88,16 @@ class ChecksConfig(Strict):
 
 
 class Recipe(Strict):
-    """A validated recipe. ``steps()`` gives the passes in order."""
+    """A validated recipe. ``steps()`` gives the passes in order. training: how its prune step is reached by training
+    first, None: in one shot.
+    """
 
     name: str = Field("custom", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     calibration: CalibrationConfig = CalibrationConfig()
     passes: tuple[Step, ...] = Field(min_length=1)
+    training: SparseTraining | None = None
+    soup: SoupConfig | None = None
     checks: ChecksConfig = ChecksConfig()
 
     @model_validator(mode="before")
@@ -305,7 +135,27 @@ class Recipe(Strict):
                 raise ValueError(f"pass {name} stands there {names.count(name)} times")
         if "gptq" in names:
             self._gptq_matches()
+        if "prune" in names:
+            self._prune_matches()
+        elif self.training is not None:
+            raise ValueError("training needs a prune pass: it says the pattern and the tensors to train to")
+        if self.soup is not None and self.training is None:
+            raise ValueError("soup needs a training section: it says how a replica is retrained")
         return self
+
+    def _prune_matches(self) -> None:
+        """What prune and the passes that round must agree on."""
+        prune = next(step.prune for step in self.passes if step.prune)
+        quantize = next((step.quantize for step in self.passes if step.quantize), None)
+        gptq = next((step.gptq for step in self.passes if step.gptq), None)
+        both = [name for name in prune.maps if gptq is not None and name in gptq.maps]
+        if both:
+            raise ValueError(f"gptq would fill the zeros of {', '.join(both)}: take it out of gptq's maps, and let "
+                             "sparsegpt round it with prune.round: int8")
+        for name in prune.maps if prune.round != "none" else ():
+            packed = None if quantize is None else quantize.of(name)
+            if packed is None or packed.weights != prune.round:
+                raise ValueError(f"prune rounds {name} to {prune.round}, and no quantize pass packs it as that")
 
     def _gptq_matches(self) -> None:
         gptq = next(step.gptq for step in self.passes if step.gptq)
@@ -332,6 +182,9 @@ class Recipe(Strict):
     def document(self) -> dict[str, Any]:
         """The whole recipe as plain data, every default spelled out; ``Recipe.model_validate`` takes it back."""
         plain = self.model_dump(mode="json")
+        for section in ("training", "soup"):
+            if getattr(self, section) is None:
+                del plain[section]
         plain["passes"] = [{name: _plain(config)} for name, config in self.steps()]
         return plain
 
@@ -352,3 +205,8 @@ def _plain(config: BaseModel) -> dict[str, Any]:
             name: override.model_dump(mode="json", exclude_unset=True) for name, override in config.overrides.items()
         }
     return plain
+
+
+__all__ = ["LINEARS", "PASS_NAMES", "PERCENTILES", "TENSORS", "CalibrationConfig", "ChecksConfig", "FuseNormsConfig",
+           "GptqConfig", "MapFormat", "MapOverride", "PruneConfig", "QuantizeConfig", "Recipe", "RotateConfig",
+           "SmoothConfig", "Step", "TensorName", "WeightOverride", "Weights"]

@@ -57,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     report = SimpleNamespace(save=noted.stand_for("save", tmp_path / "report.html"), markdown=lambda: "the table")
     for name, answer in {
         "quantize": SimpleNamespace(directory=tmp_path / "out", manifest=manifest), "inspect": plan, "load": "model",
-        "generate": iter(["Once", " upon"]), "evaluate": report, "verify": {"files": 7, "bytes": 1234, "coverage": 0.97,
+        "generate": iter(["Once", " upon"]), "evaluate": report, "verify": {"files": 7, "bytes": 1234, "coverage": 0.97, "patterns": {},
                                                                         "packed": 33},
     }.items():
         monkeypatch.setitem(vars(mc), name, noted.stand_for(name, answer))

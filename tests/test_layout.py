@@ -20,15 +20,15 @@ PACKAGE = REPOSITORY / "mambacompress"
 
 # A module may import modules of its own level (itself included, passes excepted) and of every level before.
 LEVELS = (
-    ("errors", "numerics", "kernels"),
+    ("errors", "nm", "numerics", "kernels"),
     ("models",),
-    ("schema", "recipe", "data", "passes", "training", "demo"),
+    ("schema", "pass_schema", "recipe", "data", "passes", "training", "demo"),
     ("storage", "calibration", "card", "workdir", "artifact"),
     ("pipeline",),
     ("hf", "export"),
     ("api",),
     ("eval", "bench"),
-    ("pretraining",),
+    ("pretraining", "sparsifying", "souping"),
     ("__init__", "cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from mambacompress.cli import bench, demo, doctor, evaluate, generate, inspect, quantize, report, train, verify
+from mambacompress.cli import (
+    bench,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    quantize,
+    report,
+    soup,
+    sparsify,
+    train,
+    verify,
+)
 from mambacompress.cli.command import Command, Greedy
 
 app = typer.Typer(
@@ -38,6 +51,8 @@ def options(
 
 
 app.command("quantize", cls=Greedy)(quantize.quantize)
+app.command("sparsify", cls=Greedy)(sparsify.sparsify)
+app.command("soup", cls=Greedy)(soup.soup)
 app.command("inspect", cls=Command)(inspect.inspect)
 app.command("evaluate", cls=Greedy)(evaluate.evaluate)
 app.command("bench", cls=Command)(bench.bench)

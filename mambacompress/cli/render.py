@@ -79,9 +79,11 @@ def training(title: str) -> Iterator[Callable[[str, int, int, Mapping[str, float
     def update(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         nonlocal spoken
         if stage not in tasks:
+            first = not tasks
             for other in tasks.values():
                 bar.remove_task(other)
-            tasks[stage] = bar.add_task(title if not tasks else stage, total=total, figures="")
+            tasks.clear()
+            tasks[stage] = bar.add_task(title if first else stage, total=total, figures="")
             if console.is_terminal:
                 bar.start()
         for name, share in (("loss", 0.02), ("tokens_per_second", 0.1)):
@@ -89,6 +91,8 @@ def training(title: str) -> Iterator[Callable[[str, int, int, Mapping[str, float
                 before = means.get(name, figures[name])
                 means[name] = before + share * (figures[name] - before)
         shown = _training_figures(means) if figures else ""
+        if "sparsity" in figures:
+            shown += f" · {figures['sparsity']:.0%} sparse"
         bar.update(tasks[stage], completed=done, figures=shown)
         if not console.is_terminal and (done == total or time.monotonic() - spoken >= LINE_SECONDS):
             spoken = time.monotonic()

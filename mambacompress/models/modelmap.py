@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mambacompress.models.mixers import Mixer, S6Mixer, SSDMixer
+from mambacompress.nm import Pattern
 
 RESIDUAL = "residual"
 
@@ -121,6 +122,8 @@ class Block:
 
     path: dotted path in the host. module: the host's block, called as module(hidden_BLD) in calibration; site paths
     count from it. rounded: weights a rounding pass (GPTQ) has already chosen, path -> (codes, scales), for the packer.
+    patterns: N:M patterns that pruning is planned to leave, path -> pattern; masks: those it has left, path -> bool
+    [O, I], also for the packer.
     """
 
     index: int
@@ -129,6 +132,8 @@ class Block:
     sites: list[Site]
     streams: dict[str, Stream]
     rounded: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    patterns: dict[str, Pattern] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, index: int, path: str, module: nn.Module) -> Block:

@@ -24,19 +24,8 @@ from torch import Tensor, nn
 
 from mambacompress.kernels import native
 from mambacompress.kernels.hadamard import hadamard, hadamard_matrix, largest_block, supported
-from mambacompress.models.packed_weight import ActivationFormat, PackedWeight, WeightFormat
-
-
-def _static(activations: ActivationFormat, act_scale: Tensor | float | None) -> Tensor | None:
-    """The scale of static activations as a fp32 scalar, None for the other modes."""
-    if activations.mode != "tensor":
-        return None
-    if act_scale is None:
-        raise ValueError("static activations need a scale from calibration")
-    value = torch.as_tensor(act_scale, dtype=torch.float32).reshape(())
-    if not torch.isfinite(value) or value <= 0:
-        raise ValueError(f"a static activation scale of {float(value)} is not a positive number")
-    return value.clone()
+from mambacompress.models.packed_sparse import PackedSparseLinear
+from mambacompress.models.packed_weight import ActivationFormat, PackedWeight, WeightFormat, static_scale
 
 
 class PackedLinear(PackedWeight):
@@ -65,7 +54,7 @@ class PackedLinear(PackedWeight):
         packed._fill(weight, codes, scale, zero)
         if bias is not None:
             packed.bias = bias.detach().float().clone()
-        packed.act_scale = _static(activations, act_scale)
+        packed.act_scale = static_scale(activations, act_scale)
         return packed.to(given.device)
 
     def spec(self) -> dict[str, Any]:
@@ -142,7 +131,7 @@ class PackedHead(PackedWeight):
         if transform is not None and transform.shape != (self.columns, self.columns):
             raise ValueError(f"the transform has shape {list(transform.shape)}, a head of {self.columns} channels "
                              f"takes [{self.columns}, {self.columns}]")
-        self.act_scale, self.transform = _static(self.activations, act_scale), transform
+        self.act_scale, self.transform = static_scale(self.activations, act_scale), transform
         self.bias = None if bias is None else bias.detach().float().clone()
         if self.act_scale is not None:
             self.act_scale = self.act_scale.to(self.qweight.device)
@@ -204,7 +193,7 @@ class OnlineHadamard(nn.Module):
         return hadamard(x, self.signs, block=self.block)
 
 
-PACKED = (PackedLinear, PackedEmbedding, PackedHead)
+PACKED = (PackedLinear, PackedSparseLinear, PackedEmbedding, PackedHead)
 
 
 def arrange(model: nn.Module) -> None:
@@ -234,7 +223,7 @@ def rearrange(model: nn.Module) -> None:
     """Rearrange every packed weight of a model, where it lies, for the native kernels of this processor: in tiles."""
     if not _takes_tiles(model):
         return
-    packed = [module for module in model.modules() if isinstance(module, PACKED) and module.tileable()]
+    packed = [module for module in model.modules() if isinstance(module, PackedWeight) and module.tileable()]
     for module in {module.qweight.data_ptr(): module for module in packed}.values():
         module.tile()
     for module in packed:
@@ -252,7 +241,7 @@ def build(spec: dict[str, Any]) -> nn.Module:
     if spec["type"] not in kinds:
         raise ValueError(f"unknown module type {spec['type']!r}; known: {', '.join(kinds)}")
     arguments = {key: value for key, value in spec.items() if key != "type"}
-    if "weights" in arguments:
+    if isinstance(arguments.get("weights"), dict):
         arguments["weights"] = WeightFormat.from_dict(arguments["weights"])
     if "activations" in arguments:
         arguments["activations"] = ActivationFormat.from_dict(arguments["activations"])
@@ -260,4 +249,4 @@ def build(spec: dict[str, Any]) -> nn.Module:
 
 
 __all__ = ["PACKED", "ActivationFormat", "OnlineHadamard", "PackedEmbedding", "PackedHead", "PackedLinear",
-           "WeightFormat", "arrange", "build", "rearrange"]
+           "PackedSparseLinear", "WeightFormat", "arrange", "build", "rearrange"]

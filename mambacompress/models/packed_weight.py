@@ -79,12 +79,65 @@ class ActivationFormat:
         return cls(**value)
 
 
-class PackedWeight(nn.Module):
+def static_scale(activations: ActivationFormat, act_scale: Tensor | float | None) -> Tensor | None:
+    """The scale of static activations as a fp32 scalar, None for the other modes."""
+    if activations.mode != "tensor":
+        return None
+    if act_scale is None:
+        raise ValueError("static activations need a scale from calibration")
+    value = torch.as_tensor(act_scale, dtype=torch.float32).reshape(())
+    if not torch.isfinite(value) or value <= 0:
+        raise ValueError(f"a static activation scale of {float(value)} is not a positive number")
+    return value.clone()
+
+
+class Stored(nn.Module):
+    """A [rows, columns] matrix whose buffers hold codes: they move between devices and are never converted.
+
+    dtype: the float dtype this module stands for.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.rows, self.columns, self.dtype = rows, columns, torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Move buffers, never convert them: codes and scales keep their dtypes."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        self.dtype = probe.dtype
+        if probe.device != self.device:
+            self._untile()
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+    def _untile(self) -> None:
+        """Undo what suits one device alone."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, dtype and device of the float weight this stands for: one NaN, expanded."""
+        answer = torch.full((1, 1), float("nan"), dtype=self.dtype, device=self.device).expand(self.rows, self.columns)
+        answer._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves such tensors alone
+        return answer
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor of this module."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.buffers())
+
+
+class PackedWeight(Stored):
     """Codes and scales of a [rows, columns] matrix.
 
     qweight: int8 [rows, columns], or uint8 [rows, columns / 2]. scale: [rows], or [rows, G] with groups. zero: uint8
-    [rows, G] where the format has zero points. dtype: the float dtype this module stands for. tiled: these buffers are
-    rearranged, see ``arrange``.
+    [rows, G] where the format has zero points. tiled: these buffers are rearranged, see ``arrange``.
     """
 
     qweight: Tensor
@@ -92,7 +145,7 @@ class PackedWeight(nn.Module):
     zero: Tensor | None
 
     def __init__(self, rows: int, columns: int, weights: WeightFormat) -> None:
-        super().__init__()
+        super().__init__(rows, columns)
         group = columns if weights.group_size is None else weights.group_size
         if weights.bits == 4 and columns % 2:
             raise ValueError(f"a [{rows}, {columns}] weight has an odd number of columns: two 4-bit codes "
@@ -100,7 +153,7 @@ class PackedWeight(nn.Module):
         if group < 1 or columns % group or (weights.bits == 4 and group % 2):
             raise ValueError(f"groups of {group} do not divide the {columns} columns of a [{rows}, {columns}] weight "
                              "evenly")
-        self.rows, self.columns, self.weights, self.dtype, self.tiled = rows, columns, weights, torch.float32, False
+        self.weights, self.tiled = weights, False
         shape = (rows, columns) if weights.bits == 8 else (rows, columns // 2)
         self.register_buffer("qweight", torch.zeros(shape, dtype=torch.int8 if weights.bits == 8 else torch.uint8))
         scales = (rows,) if weights.group_size is None else (rows, columns // group)
@@ -134,27 +187,6 @@ class PackedWeight(nn.Module):
         if zero is not None:
             self.zero = (zero.to(torch.int8) + NIBBLE_OFFSET).to(torch.uint8).reshape(self.rows, -1)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move buffers, never convert them: codes and scales keep their dtypes."""
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.qweight.device))
-        self.dtype = probe.dtype
-        if probe.device != self.qweight.device:
-            self._untile()
-
-        def moved(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        return super()._apply(moved, recurse)
-
-    @property
-    def weight(self) -> Tensor:
-        """Shape, dtype and device of the float weight this stands for: one NaN, expanded."""
-        shape = (self.rows, self.columns)
-        answer = torch.full((1, 1), float("nan"), dtype=self.dtype, device=self.qweight.device).expand(shape)
-        answer._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves such tensors alone
-        return answer
-
     def codes(self) -> Tensor:
         """int8 [rows, columns]; with zero points, codes - zero."""
         qweight, _, zero = self._as_rows()
@@ -173,10 +205,6 @@ class PackedWeight(nn.Module):
         """The float weight the codes stand for, [rows, columns]."""
         qweight, scale, zero = self._as_rows()
         return dequantize(self._codes(qweight, zero), scale, dtype)
-
-    def nbytes(self) -> int:
-        """Bytes of every tensor of this module."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.buffers())
 
     # -- tiles -------------------------------------------------------------------------------------------------------
 

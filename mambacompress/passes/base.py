@@ -7,7 +7,8 @@ what it refuses), then the pipeline walks the model and calls the hooks, in reci
     it enter     enter_embedding, enter_block, enter_head     model-wide edits (norm folding, the residual's rotation);
     the
               calibration inputs of a block are already in the basis these edits create
-    apply     apply_embedding, apply_block, apply_head     edits of one block, from its calibration run
+    apply     apply_embedding, apply_block, apply_head     edits of one block, from its calibration run; finish_block
+              when all have been applied
 
 Model-wide and block-local edits touch different streams, so they commute exactly; that is what lets ``enter`` of every
 pass run before ``apply`` of the first.
@@ -123,6 +124,14 @@ class Pass:
 
     def apply_block(self, block: Block, calibration: Calibration) -> dict[str, Any]:
         """Edit one block; returns what the manifest should say (numbers and short strings only)."""
+        return {}
+
+    def finish_block(self, block: Block) -> None:
+        """After every pass has been applied to a block: pack what none of them has."""
+
+    def mixes(self) -> dict[str, str]:
+        """Recipe names of the matrices whose zeros this pass would fill, and why; an N:M pattern does not survive it.
+        """
         return {}
 
     def apply_head(self, model_map: ModelMap, calibration: Calibration) -> dict[str, Any]:

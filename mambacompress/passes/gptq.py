@@ -23,23 +23,19 @@ Legend: T tokens, O output channels, I input channels, G groups a row, g channel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambacompress.errors import UserError
 from mambacompress.models.modelmap import Block, ModelMap
 from mambacompress.numerics import Grid, searched_scales
 from mambacompress.passes.base import Calibration, Edit, Pass, Plan, Refusal
+from mambacompress.passes.hessian import damped, factor, matrices_in_order, output_error, row_error
 from mambacompress.passes.observers import Moment, inputs_of
 from mambacompress.passes.rounding import check_groups, checked_weight
 from mambacompress.schema import GptqConfig
-
-DATA_FLOW = ("in_proj", "x_proj", "dt_proj", "out_proj")
-_MAX_RAISES = 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class Gptq(Pass):
         extras = [text for text, on in (("act-order", config.act_order), ("compensated", config.compensate),
                                         (f"{config.refine} refining sweeps", config.refine)) if on]
         for block in model_map.blocks:
-            for path, name in _matrices(block, config.maps):
+            for path, name in matrices_in_order(block, config.maps):
                 grid = self.grid(name)
                 if grid.bits == 8:
                     continue
@@ -94,7 +90,7 @@ class Gptq(Pass):
         config = self.config
         original = block.copy() if config.compensate else None
         report: dict[str, Any] = {}
-        for path, tensor in _matrices(block, config.maps):
+        for path, tensor in matrices_in_order(block, config.maps):
             name, grid = path.removeprefix("mixer."), self.grid(tensor)
             if grid.bits == 8:
                 report[f"{name}.skipped"] = "8 bits"
@@ -115,12 +111,6 @@ class Gptq(Pass):
             if rounded.dead:
                 report[f"{name}.dead_channels"] = rounded.dead
         return report
-
-
-def _matrices(block: Block, maps: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(path, recipe name) of the block's matrices named in ``maps``, in the order data flows through them."""
-    found = [(path, sites[0].tensor) for path, sites in block.matrices().items() if sites[0].tensor in maps]
-    return sorted(found, key=lambda pair: DATA_FLOW.index(pair[1]))
 
 
 def _moments(block: Block, original: Block | None, path: str, calibration: Calibration) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +135,7 @@ def compensated(W_OI: Tensor, H_II: Tensor, drift_II: Tensor, damp: float) -> Te
     """
     if not drift_II.any():
         return W_OI
-    damped_II, _ = _damped(H_II, damp)
+    damped_II, _ = damped(H_II, damp)
     return W_OI + torch.linalg.solve(damped_II, (W_OI @ drift_II).T).T
 
 
@@ -166,7 +156,7 @@ def gptq(W_OI: Tensor, H_II: Tensor, grid: Grid, *, damp: float = 0.01, block: i
     diagonal_I = H_II.diagonal()
     order_I = torch.argsort(diagonal_I, descending=True, stable=True) if act_order else torch.arange(len(diagonal_I))
     order_I = order_I.to(W_OI.device)
-    U_II, used = _factor(H_II[order_I][:, order_I], damp, where)
+    U_II, used = factor(H_II[order_I][:, order_I], damp, where)
 
     width = grid.group_size or W_OI.shape[1]
     static = act_order or grid.group_size is None or width > block
@@ -191,7 +181,7 @@ def gptq(W_OI: Tensor, H_II: Tensor, grid: Grid, *, damp: float = 0.01, block: i
     natural_OI = torch.empty_like(codes_OI)
     natural_OI[:, order_I] = codes_OI
     if refine:
-        damped_II, _ = _damped(H_II, used)
+        damped_II, _ = damped(H_II, used)
         natural_OI, scales_OG = refined(W_OI, damped_II, natural_OI, scales_OG, grid, sweeps=refine, block=block)
     return Rounded(natural_OI, scales_OG, used, int(dead_I.sum()))
 
@@ -251,46 +241,9 @@ def _fit_scales(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scales_OG: Tensor,
     s_OG = torch.linalg.solve(A_OGK, b_OG + ridge_OG * scales_OG)
     s_OG = torch.where((s_OG * scales_OG > 0) & ~empty_OG, s_OG, scales_OG)
     s_OG = grid.storable(s_OG)
-    better_O = _row_error(W_OI, grid.dequantize(codes_OI, s_OG.double()), H_II) < _row_error(
+    better_O = row_error(W_OI, grid.dequantize(codes_OI, s_OG.double()), H_II) < row_error(
         W_OI, grid.dequantize(codes_OI, scales_OG), H_II)
     return torch.where(better_O[:, None], s_OG, scales_OG.float())
 
 
-def _row_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> Tensor:
-    difference_OI = Q_OI - W_OI
-    return ((difference_OI @ H_II) * difference_OI).sum(1)
-
-
-def output_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:
-    """‖X (Q - W)ᵀ‖² / ‖X Wᵀ‖² for inputs of moment H."""
-    energy = ((W_OI @ H_II) * W_OI).sum().item()
-    return _row_error(W_OI, Q_OI, H_II).sum().item() / max(energy, 1e-300)
-
-
-def _damped(H_II: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """H with ``damp`` x its mean diagonal added, and 1 on the diagonal of dead channels; and which are dead."""
-    diagonal_I = H_II.diagonal()
-    dead_I = diagonal_I == 0
-    mean = diagonal_I[~dead_I].mean() if not dead_I.all() else diagonal_I.new_tensor(1.0)
-    return H_II + torch.diag(damp * mean + dead_I.to(H_II.dtype)), dead_I
-
-
-def _factor(H_II: Tensor, damp: float, where: str) -> tuple[Tensor, float]:
-    """cholesky(H⁻¹, upper) of the damped H, and the damping that made it possible."""
-    for used in _raises(damp):
-        damped_II, _ = _damped(H_II, used)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-        if failed.item():
-            continue
-        upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-        if not failed.item():
-            return upper_II, used
-    raise UserError(f"{where}: the calibration inputs' second moment has no Cholesky factor, even at damping {used:g}",
-                    "calibrate on more or more varied text, or leave gptq out")
-
-
-def _raises(damp: float) -> Iterator[float]:
-    return (damp * 10**power for power in range(_MAX_RAISES + 1))
-
-
-__all__ = ["Gptq", "Rounded", "compensated", "gptq", "output_error", "refined"]
+__all__ = ["Gptq", "Rounded", "compensated", "gptq", "refined"]

@@ -16,7 +16,6 @@ Legend: T tokens, O outputs, I inputs, V vocabulary, D d_model, E d_inner, G gro
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -30,19 +29,24 @@ from mambacompress.models.heads import TransformedHead
 from mambacompress.models.mixers import S6Mixer
 from mambacompress.models.modelmap import Block, ModelMap, set_module
 from mambacompress.models.packed import ActivationFormat, PackedEmbedding, PackedHead, PackedLinear, WeightFormat
+from mambacompress.models.packed_sparse import PackedSparseLinear, sparse_bytes
 from mambacompress.models.paths import Path, ScanQuantizer
-from mambacompress.numerics import Grid, searched_scales, widest_scales
+from mambacompress.nm import Pattern
+from mambacompress.numerics import Grid
 from mambacompress.passes.base import Calibration, Edit, Pass, Plan, Refusal
 from mambacompress.passes.observers import RowSample, watching
-from mambacompress.passes.rounding import HARMLESS_DB, check_groups, half_if_harmless, halve_rest
+from mambacompress.passes.rounding import (
+    HARMLESS_DB,
+    check_groups,
+    half_if_harmless,
+    halve_rest,
+    round_weight,
+    weight_sqnr_db,
+)
 from mambacompress.schema import MapFormat, QuantizeConfig
 
 _SWEEP_TOKENS = 4096
 """Calibration tokens on which the scan's clipping is chosen."""
-
-_CHUNK_VALUES = 1 << 23
-"""Values of a weight that are rounded at a time."""
-
 
 class Quantize(Pass):
     """See the module."""
@@ -64,7 +68,12 @@ class Quantize(Pass):
                     continue
                 shape = block.module.get_parameter(f"{path}.weight").shape
                 check_groups(f"block {block.index} {tensor}", shape[1], _grid(format_))
-                plan.edits.append(self._edit(block.index, tensor, format_, shape))
+                pattern = block.patterns.get(path)
+                if pattern is not None and format_.weights != "int8":
+                    raise UserError(f"block {block.index} {tensor} is {pattern} sparse, and sparse values are stored "
+                                    f"as int8 or fp16, not {format_.weights}",
+                                    f"give it int8 with `overrides`, or leave {tensor} out of quantize's maps for fp16")
+                plan.edits.append(self._edit(block.index, tensor, format_, shape, pattern=pattern))
             self._plan_scan(plan, block)
             if self.config.rest == "float16":
                 plan.edits.append(Edit(self.name, block.index, "rest", "unpacked matrices in float16 where that keeps "
@@ -73,9 +82,11 @@ class Quantize(Pass):
         self._plan_coverage(plan, model_map)
         return plan
 
-    def _edit(self, block: int | None, tensor: str, format_: MapFormat, shape: torch.Size, note: str = "") -> Edit:
-        size = packed_bytes(shape, format_)
-        return Edit(self.name, block, tensor, f"{format_.weights} {_grid(format_).described}, activations "
+    def _edit(self, block: int | None, tensor: str, format_: MapFormat, shape: torch.Size, note: str = "",
+              pattern: Pattern | None = None) -> Edit:
+        size = packed_bytes(shape, format_, pattern)
+        sparse = "" if pattern is None else f"{pattern} sparse "
+        return Edit(self.name, block, tensor, f"{sparse}{format_.weights} {_grid(format_).described}, activations "
                     f"{format_.activations}, {size:,} bytes{note}", bits=8 * size / shape.numel())
 
     def _plan_coverage(self, plan: Plan, model_map: ModelMap) -> None:
@@ -167,11 +178,13 @@ class Quantize(Pass):
         return self.config.scale_search and not trial and path not in block.rounded
 
     def _pack(self, block: Block, path: str, format_: MapFormat, sample: RowSample | None,
-              trial: bool) -> tuple[PackedLinear, dict[str, Any]]:
+              trial: bool) -> tuple[PackedLinear | PackedSparseLinear, dict[str, Any]]:
         grid, where = _grid(format_), f"block {block.index} {path.removeprefix('mixer.')}"
         linear = block.module.get_submodule(path)
         weight_OI = block.module.get_parameter(f"{path}.weight").data
-        report: dict[str, Any] = {"bits": _rounded(8 * packed_bytes(weight_OI.shape, format_) / weight_OI.numel())}
+        mask_OI, pattern = block.masks.get(path), block.patterns.get(path)
+        stored = packed_bytes(weight_OI.shape, format_, None if mask_OI is None else pattern)
+        report: dict[str, Any] = {"bits": _rounded(8 * stored / weight_OI.numel())}
         if path in block.rounded:
             codes_OI, scales_OG = block.rounded[path]
             if not torch.equal(grid.dequantize(codes_OI, scales_OG).to(weight_OI.dtype), weight_OI):
@@ -181,7 +194,7 @@ class Quantize(Pass):
             importance_I = sample.mean_square_I if sample is not None and search else None
             codes_OI, scales_OG = round_weight(weight_OI, grid, where, search=search, importance_I=importance_I)
             if not trial:
-                report["sqnr_db"] = _rounded(_sqnr_db(weight_OI, codes_OI, scales_OG, grid))
+                report["sqnr_db"] = _rounded(weight_sqnr_db(weight_OI, codes_OI, scales_OG, grid))
         activations = _activations(format_)
         act_scale = None
         if activations.mode == "tensor" and sample is not None:
@@ -189,9 +202,12 @@ class Quantize(Pass):
             percentile, act_scale = best_range(sample, weight, activations.bits, self.config.percentile)
             report |= {"act_scale": _rounded(act_scale, 6), "percentile": percentile}
         bias = getattr(linear, "bias", None)
-        packed = PackedLinear.from_float(None, bias, weights=_weights(format_), activations=activations,
-                                         act_scale=act_scale, codes=codes_OI, scale=_stored_scale(scales_OG, format_))
-        return packed, report
+        scale = _stored_scale(scales_OG, format_)
+        if mask_OI is not None and pattern is not None:
+            return PackedSparseLinear.from_mask(codes_OI, mask_OI, pattern, bias, scale=scale, activations=activations,
+                                                act_scale=act_scale), report
+        return PackedLinear.from_float(None, bias, weights=_weights(format_), activations=activations,
+                                       act_scale=act_scale, codes=codes_OI, scale=scale), report
 
     def _quantize_scan(self, block: Block, mixer: S6Mixer, calibration: Calibration) -> float:
         """Range the scan's inputs channel by channel; of the percentiles, take the one of least block error."""
@@ -225,10 +241,10 @@ class Quantize(Pass):
     def _correct_bias(self, block: Block, calibration: Calibration) -> dict[str, Any]:
         """Add the block's mean error to out_proj's bias; kept where the block's error falls."""
         packed = block.mixer.out_proj
-        if not isinstance(packed, PackedLinear):
+        if not isinstance(packed, PackedLinear | PackedSparseLinear):
             return {}
         before = calibration.error(block)
-        missing_D, tokens = torch.zeros(packed.out_features, dtype=torch.float64, device=packed.qweight.device), 0
+        missing_D, tokens = torch.zeros(packed.out_features, dtype=torch.float64, device=packed.device), 0
         for h_BLD, reference_BLD in _pairs(calibration):
             missing_D += (reference_BLD.double() - block.module(h_BLD).double()).sum((0, 1))
             tokens += h_BLD.shape[0] * h_BLD.shape[1]
@@ -252,7 +268,7 @@ class Quantize(Pass):
         packed = PackedEmbedding.from_float(weight_VD, weights=_weights(format_), codes=codes,
                                             scale=_stored_scale(scales, format_))
         set_module(model_map.host, model_map.embedding.path, packed)
-        return {"embedding.sqnr_db": _rounded(_sqnr_db(weight_VD, codes, scales, grid))}
+        return {"embedding.sqnr_db": _rounded(weight_sqnr_db(weight_VD, codes, scales, grid))}
 
     @torch.no_grad()
     def apply_head(self, model_map: ModelMap, calibration: Calibration) -> dict[str, Any]:
@@ -283,40 +299,18 @@ class Quantize(Pass):
             packed = PackedHead.from_float(weight_VD, getattr(head, "bias", None), weights=_weights(format_),
                                            activations=activations, act_scale=act_scale, transform=stored,
                                            codes=codes, scale=_stored_scale(scales, format_))
-            report["head.sqnr_db"] = _rounded(_sqnr_db(weight_VD, codes, scales, grid))
+            report["head.sqnr_db"] = _rounded(weight_sqnr_db(weight_VD, codes, scales, grid))
         set_module(model_map.host, model_map.head.path, packed)
         return report
 
 
-def round_weight(weight_OI: Tensor, grid: Grid, where: str, *, search: bool = False,
-                 importance_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(codes int8 [O, I], scales fp32 [O, G]) by rounding to nearest, a few rows at a time.
-
-    search: look for the clip of least error, weighted by ``importance`` [I]. Raises UserError for NaN or Inf.
+def packed_bytes(shape: torch.Size, format_: MapFormat, pattern: Pattern | None = None) -> int:
+    """Stored bytes of a weight [rows, columns]: codes and scales, positions where it is sparse, and the static scale of
+    its activations.
     """
-    parts: list[tuple[Tensor, Tensor]] = []
-    for chunk_OI in weight_OI.split(max(1, _CHUNK_VALUES // weight_OI.shape[1])):
-        if not torch.isfinite(chunk_OI).all():
-            raise UserError(f"{where}: the weight holds NaN or Inf", "check the checkpoint")
-        chunk_OI = chunk_OI.double() if chunk_OI.dtype == torch.float64 else chunk_OI.float()
-        scales_OG = searched_scales(chunk_OI, grid, importance_I) if search else widest_scales(chunk_OI, grid)
-        parts.append((grid.round(chunk_OI, scales_OG), scales_OG))
-    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
-
-
-def _sqnr_db(weight_OI: Tensor, codes_OI: Tensor, scales_OG: Tensor, grid: Grid) -> float:
-    """10 log10 of signal over error energy, a few rows at a time; at most 999."""
-    signal = wrong = 0.0
-    rows = max(1, _CHUNK_VALUES // weight_OI.shape[1])
-    for w_OI, q_OI, s_OG in zip(*(t.split(rows) for t in (weight_OI, codes_OI, scales_OG)), strict=True):
-        signal += w_OI.double().square().sum().item()
-        wrong += (w_OI.double() - grid.dequantize(q_OI, s_OG).double()).square().sum().item()
-    return 10 * math.log10(signal / wrong) if signal and wrong else 999.0
-
-
-def packed_bytes(shape: torch.Size, format_: MapFormat) -> int:
-    """Stored bytes of a weight [rows, columns]: codes and scales, and the static scale of its activations."""
     rows, columns = shape
+    if pattern is not None:
+        return sparse_bytes(rows, columns, pattern, format_.weights, format_.activations)
     scales = rows * (1 if format_.group_size is None else columns // format_.group_size)
     static = 4 if format_.activations.endswith("tensor") else 0
     return rows * columns * format_.bits // 8 + scales * _weights(format_).scale_dtype.itemsize + static
@@ -388,4 +382,4 @@ def _rounded(value: float, digits: int = 4) -> float:
     return float(f"{min(value, 999.0):.{digits}g}")
 
 
-__all__ = ["Quantize", "best_range", "packed_bytes", "round_weight"]
+__all__ = ["Quantize", "best_range", "packed_bytes"]

@@ -130,6 +130,19 @@ class Rotate(Pass):
                     "small to spread an outlier")
         return None
 
+    def mixes(self) -> dict[str, str]:
+        config = self.config
+        found: dict[str, str] = {}
+        if config.dt != "none":
+            found |= {"x_proj": "R5 mixes its dt rows", "dt_proj": "R5 mixes its input channels"}
+        if config.x != "none":
+            found["x_proj"] = "R6 mixes its input channels"
+        if config.out != "none":
+            found["out_proj"] = "R2 mixes its input channels"
+        if config.residual != "none":
+            found |= {"in_proj": "R1 mixes its input channels", "out_proj": "R1 mixes its rows"}
+        return found
+
     # -- R1: the model -----------------------------------------------------------------------------------------------
 
     def observe(self, hidden_BLD: Tensor) -> None:

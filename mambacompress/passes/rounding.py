@@ -1,4 +1,8 @@
-"""What rounding passes check before they round, in the user's words, and what they store in fp16 instead."""
+"""What rounding passes check before they round, in the user's words, how they round to nearest, and what they store in
+fp16 instead.
+
+Legend: O outputs, I inputs, G groups.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,13 @@ from torch import Tensor
 
 from mambacompress.errors import UserError
 from mambacompress.models.modelmap import Block
-from mambacompress.numerics import Grid, sqnr_db
+from mambacompress.numerics import Grid, searched_scales, sqnr_db, widest_scales
 
 HARMLESS_DB = 60
 """fp16 costs a matrix no more than this (fp32's own rounding: about 150 dB)."""
+
+CHUNK_VALUES = 1 << 23
+"""Values of a weight that are rounded at a time."""
 
 
 def check_groups(where: str, channels: int, grid: Grid) -> None:
@@ -52,4 +59,31 @@ def half_if_harmless(matrix: Tensor) -> Tensor:
     return half if torch.isfinite(half).all() and sqnr_db(matrix, half) > HARMLESS_DB else matrix.float()
 
 
-__all__ = ["HARMLESS_DB", "check_groups", "checked_weight", "half_if_harmless", "halve_rest"]
+def round_weight(weight_OI: Tensor, grid: Grid, where: str, *, search: bool = False,
+                 importance_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(codes int8 [O, I], scales fp32 [O, G]) by rounding to nearest, a few rows at a time.
+
+    search: look for the clip of least error, weighted by ``importance`` [I]. Raises UserError for NaN or Inf.
+    """
+    parts: list[tuple[Tensor, Tensor]] = []
+    for chunk_OI in weight_OI.split(max(1, CHUNK_VALUES // weight_OI.shape[1])):
+        if not torch.isfinite(chunk_OI).all():
+            raise UserError(f"{where}: the weight holds NaN or Inf", "check the checkpoint")
+        chunk_OI = chunk_OI.double() if chunk_OI.dtype == torch.float64 else chunk_OI.float()
+        scales_OG = searched_scales(chunk_OI, grid, importance_I) if search else widest_scales(chunk_OI, grid)
+        parts.append((grid.round(chunk_OI, scales_OG), scales_OG))
+    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
+
+
+def weight_sqnr_db(weight_OI: Tensor, codes_OI: Tensor, scales_OG: Tensor, grid: Grid) -> float:
+    """10 log10 of signal over error energy, a few rows at a time; at most 999."""
+    signal = wrong = 0.0
+    rows = max(1, CHUNK_VALUES // weight_OI.shape[1])
+    for w_OI, q_OI, s_OG in zip(*(t.split(rows) for t in (weight_OI, codes_OI, scales_OG)), strict=True):
+        signal += w_OI.double().square().sum().item()
+        wrong += (w_OI.double() - grid.dequantize(q_OI, s_OG).double()).square().sum().item()
+    return 10 * math.log10(signal / wrong) if signal and wrong else 999.0
+
+
+__all__ = ["HARMLESS_DB", "check_groups", "checked_weight", "half_if_harmless", "halve_rest", "round_weight",
+           "weight_sqnr_db"]

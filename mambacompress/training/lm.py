@@ -21,12 +21,12 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -63,10 +63,12 @@ def computes_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def token_loss(model: Any, ids_BL: Tensor) -> Tensor:
-    """Mean next-token cross-entropy over int64 [B, L], logits in fp32; a scalar."""
-    logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten())
+def token_loss(model: Any, ids_BL: Tensor, method: Method | None = None) -> Tensor:
+    """Mean next-token cross-entropy over int64 [B, L], logits in fp32, and what ``method`` makes of it; a scalar."""
+    logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
+    next_NV = logits_BLV[:, :-1].float().flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(next_NV, ids_BL[:, 1:].flatten())
+    return loss if method is None else method.loss(loss, logits_BLV, ids_BL)
 
 
 def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
@@ -74,19 +76,35 @@ def parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     decayed: list[Tensor] = []
     kept: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        matrix = parameter.dim() == 2 and not name.endswith("A_log") and ".conv." not in name
+        matrix = parameter.dim() == 2 and not name.endswith(("A_log", ".scales")) and ".conv." not in name
         (decayed if matrix else kept).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
-def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *,
-          resume: bool = False) -> Generator[dict[str, float], None, None]:
+class Method(Protocol):
+    """What a training method adds to the loop; ``Session`` is one. Its tensors go into the checkpoint."""
+
+    def optimizer(self, lr: float, *, groups: Any, betas: tuple[float, float]) -> torch.optim.Optimizer: ...
+
+    def loss(self, loss: Tensor, logits: Tensor, input_ids: Tensor) -> Tensor: ...
+
+    def step(self, optimizer: Any) -> None: ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *, resume: bool = False,
+          method: Method | None = None) -> Generator[dict[str, float], None, None]:
     """Train ``model`` in place on one row of token ids; yields a row after each step: what its log holds (see ``log``)
     and tokens_per_second.
 
     model: called as ``model(input_ids=int64 [B, L], use_cache=False).logits`` ([B, L, V]); left in training mode.
     tokens: int64 [n]. Checkpoints and the log go to ``out``; with ``resume`` the run in ``out`` goes on where it was
-    (from the start, where there is none yet).
+    (from the start, where there is none yet). method: what trains beyond plain AdamW on the next token's loss.
 
     Raises UserError where ``out`` holds a run that is not resumed, or one of another configuration, text or model;
     where the batch does not divide over the processes; where bf16 is asked for and would be emulated; and where the
@@ -101,8 +119,10 @@ def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *,
     if share * config.accumulate * accelerator.num_processes != config.batch:
         raise UserError(f"a batch of {config.batch} does not divide over {accelerator.num_processes} processes "
                         f"x {config.accumulate} accumulations", "use another number of processes")
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=BETAS, eps=1e-8)
-    start = _begin(model, optimizer, config, tokens, out, resume, accelerator.is_main_process)
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = (torch.optim.AdamW(groups, betas=BETAS, eps=1e-8) if method is None else
+                 method.optimizer(config.learning_rate, groups=groups, betas=BETAS))
+    start = _begin(model, optimizer, config, tokens, out, resume, accelerator.is_main_process, method)
     model.train()
     wrapped, prepared = accelerator.prepare(model, optimizer)
     log = TrainingLog(out, start) if accelerator.is_main_process else None
@@ -114,7 +134,7 @@ def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *,
             began, step = time.perf_counter(), done
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            loss = _backward(accelerator, wrapped, batch_BL, share, config)
+            loss = _backward(accelerator, wrapped, batch_BL, share, config, method)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
             for what, value in (("loss", loss), ("gradient's norm", float(norm))):
                 if not math.isfinite(value):
@@ -122,6 +142,8 @@ def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *,
                                     "check the model, or start again with a lower learning rate")
             with _uninterrupted():
                 prepared.step()
+                if method is not None:
+                    method.step(optimizer)
                 done = step + 1
                 row = {"step": step, "loss": loss, "rate": learning_rate(config, step), "tokens": done * config.tokens}
                 if log is not None:
@@ -129,20 +151,21 @@ def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *,
             prepared.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - began
             if done % config.save_every == 0 and accelerator.is_main_process:
-                _save(model, optimizer, out, done)
+                _save(model, optimizer, out, done, method)
             yield row | {"tokens_per_second": config.tokens / seconds}
     except (KeyboardInterrupt, GeneratorExit):
         if accelerator.is_main_process:
-            _save(model, optimizer, out, done)
+            _save(model, optimizer, out, done, method)
         raise
     finally:
         if log is not None:
             log.close()
     if accelerator.is_main_process:
-        _save(model, optimizer, out, done)
+        _save(model, optimizer, out, done, method)
 
 
-def _backward(accelerator: Any, wrapped: Any, batch_BL: Tensor, share: int, config: TrainConfig) -> float:
+def _backward(accelerator: Any, wrapped: Any, batch_BL: Tensor, share: int, config: TrainConfig,
+              method: Method | None) -> float:
     """Gradients of one batch, accumulated over this process's micro-batches; the loss, averaged over all processes."""
     total = torch.zeros((), device=accelerator.device)
     first = accelerator.process_index * share
@@ -151,7 +174,7 @@ def _backward(accelerator: Any, wrapped: Any, batch_BL: Tensor, share: int, conf
         mine_BL = micro_BL[first : first + share].to(accelerator.device)
         with nullcontext() if last else accelerator.no_sync(wrapped):
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = token_loss(wrapped, mine_BL) / config.accumulate
+                loss = token_loss(wrapped, mine_BL, method) / config.accumulate
             accelerator.backward(loss)
         total += loss.detach()
     return float(accelerator.gather(total).mean())
@@ -182,10 +205,13 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"{out} already holds a run", "continue it with --resume, or choose another --out")
 
 
-def _begin(model: Any, optimizer: Any, config: TrainConfig, tokens: Tensor, out: Path, resume: bool, main: bool) -> int:
+def _begin(model: Any, optimizer: Any, config: TrainConfig, tokens: Tensor, out: Path, resume: bool, main: bool,
+           method: Method | None) -> int:
     """Check what ``out`` holds against this run, restore it where asked; the number of steps already done."""
     config_now = asdict(config)
     run = {"config": config_now, "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()}
+    if method is not None:
+        run["method"] = method.identity()
     checkpoint = out / CHECKPOINT
     if not checkpoint.is_file():
         if main:
@@ -202,7 +228,9 @@ def _begin(model: Any, optimizer: Any, config: TrainConfig, tokens: Tensor, out:
         raise _another_configuration(out, stored, config_now)
     if stored.get("tokens") != run["tokens"]:
         raise UserError(f"the run in {out} reads another text", "repeat its options, or choose another --out")
-    return _restore(model, optimizer, checkpoint)
+    if stored.get("method") != run.get("method"):
+        raise UserError(f"the run in {out} trains by another method", "repeat its options, or choose another --out")
+    return _restore(model, optimizer, checkpoint, method)
 
 
 def _another_configuration(out: Path, stored: Any, wanted: dict[str, Any]) -> UserError:
@@ -215,18 +243,20 @@ def _another_configuration(out: Path, stored: Any, wanted: dict[str, Any]) -> Us
                      f"go on with {again}, or choose another --out" if again else "choose another --out")
 
 
-def _save(model: Any, optimizer: Any, out: Path, done: int) -> None:
+def _save(model: Any, optimizer: Any, out: Path, done: int, method: Method | None) -> None:
     tensors = {"steps": torch.tensor(done)}
     for name, parameter in model.named_parameters():
         tensors[f"parameter.{name}"] = parameter
         for moment in MOMENTS:
             if moment in optimizer.state.get(parameter, {}):
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    if method is not None:
+        tensors |= {f"method.{name}": tensor for name, tensor in method.tensors().items()}
     with _uninterrupted():  # by a second Ctrl-C, or a launcher that passes the first one on
         storage.write_tensors(out / CHECKPOINT, tensors)
 
 
-def _restore(model: Any, optimizer: Any, path: Path) -> int:
+def _restore(model: Any, optimizer: Any, path: Path, method: Method | None) -> int:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -245,4 +275,6 @@ def _restore(model: Any, optimizer: Any, path: Path) -> int:
             moments = {m: stored[f"{m}.{name}"].to(parameter.device) for m in MOMENTS if f"{m}.{name}" in stored}
             if moments:
                 optimizer.state[parameter] = {"step": done.to(torch.float32), **moments}
+    if method is not None:
+        method.load({name.removeprefix("method."): t for name, t in stored.items() if name.startswith("method.")})
     return int(done)

@@ -234,7 +234,8 @@ def test_formats_are_values() -> None:
     for value in (*FORMATS, TOKEN, TENSOR):
         assert type(value).from_dict(json.loads(json.dumps(value.to_dict()))) == value
     assert len({INT8, WeightFormat(8)}) == 1
-    assert [kind.__name__ for kind in PACKED] == ["PackedLinear", "PackedEmbedding", "PackedHead"]
+    assert [kind.__name__ for kind in PACKED] == ["PackedLinear", "PackedSparseLinear", "PackedEmbedding",
+                                                   "PackedHead"]
 
 
 # -- arranged for the native kernels ---------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from mambacompress.errors import UserError
 from mambacompress.models.modelmap import ModelMap
 from mambacompress.models.packed import PackedLinear
 from mambacompress.numerics import Grid, searched_scales, widest_scales
-from mambacompress.passes.gptq import Gptq, compensated, gptq, output_error, refined
+from mambacompress.passes.gptq import Gptq, compensated, gptq, refined
+from mambacompress.passes.hessian import output_error
 from mambacompress.passes.quantize import Quantize
 from mambacompress.schema import GptqConfig, QuantizeConfig, Recipe
 from tests.passes.hosts import adopted

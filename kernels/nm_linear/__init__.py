@@ -1,0 +1,123 @@
+"""nm_linear: y = x Wᵀ + bias on N:M sparse weights: int8 or fp16 values, and where they belong.
+
+The counterpart of int8_linear for weights that keep ``keep`` of every ``of`` inputs; see reference.py for the packed
+form. int8 values are multiplied as integers, fp16 values in float.
+
+Legend: T rows (tokens), I inputs, O outputs, V values a row, B bytes a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambacompress.kernels import native, registry
+from mambacompress.kernels.int8_linear import check_input, int8_linear, qmax_of, wide_dtype
+from mambacompress.kernels.nm_linear.reference import (
+    expand,
+    index_bits,
+    kept_values,
+    nm_linear_reference,
+    pack_positions,
+    position_bytes,
+    position_form,
+    unpack_positions,
+)
+
+
+def nm_linear(
+    x: Tensor, values: Tensor, positions: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *,
+    keep: int, of: int, activation: str = "token", act_scale: Tensor | None = None, act_bits: int = 8,
+) -> Tensor:
+    """y [..., O] = x [..., I] Wᵀ + bias, in x's dtype.
+
+    values: int8 [O, V] with scale fp32 [O], or fp16 [O, V] without a scale; V = I · keep / of. positions: uint8 [O, B],
+    see ``pack_positions``. bias: [O]. activation, act_scale, act_bits: as in ``int8_linear``; fp16 values take
+    ``none``. Differentiable in x, straight through the rounding. Raises ValueError where shapes or modes do not fit.
+    """
+    check_arguments(x, values, positions, scale, bias, keep, of, activation, act_scale, act_bits)
+    run = _run if native.runs_directly(x, values) else _op
+    return run(x, values, positions, scale, bias, keep, of, activation, act_scale, act_bits)
+
+
+def check_arguments(x: Tensor, values: Tensor, positions: Tensor, scale: Tensor | None, bias: Tensor | None, keep: int,
+                    of: int, activation: str, act_scale: Tensor | None, act_bits: int) -> None:
+    """Raise ValueError, naming what does not fit."""
+    if values.dim() != 2 or values.dtype not in (torch.int8, torch.float16):
+        raise ValueError(f"nm_linear wants int8 or fp16 values [O, V], not {tuple(values.shape)} of {values.dtype}")
+    if not 0 < keep < of or values.shape[1] % keep:
+        raise ValueError(f"nm_linear: rows of {values.shape[1]} values do not make groups of {keep}:{of}")
+    outputs, inputs = values.shape[0], values.shape[1] // keep * of
+    check_input("nm_linear", x, outputs, inputs, bias, activation, act_scale, act_bits)
+    expected = (outputs, position_bytes(inputs, keep, of))
+    if positions.dtype != torch.uint8 or positions.shape != expected:
+        raise ValueError(f"nm_linear: positions are {tuple(positions.shape)} of {positions.dtype}, expected {expected} "
+                         "of torch.uint8")
+    if values.dtype == torch.int8 and (scale is None or scale.shape != (outputs,)):
+        raise ValueError(f"nm_linear: int8 values need a scale of shape ({outputs},)")
+    if values.dtype == torch.float16 and (scale is not None or activation != "none"):
+        raise ValueError("nm_linear: fp16 values have no scale and take float activations")
+
+
+def _run(x: Tensor, values: Tensor, positions: Tensor, scale: Tensor | None, bias: Tensor | None, keep: int, of: int,
+         activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
+    if registry.choose("nm_linear", x.device, x.dtype, ["a sparse weight"]) == "native":
+        raise RuntimeError("there is no native nm_linear")
+    return nm_linear_reference(x, values, positions, scale, bias, keep=keep, of=of, activation=activation,
+                               act_scale=act_scale, act_bits=act_bits)
+
+
+@torch.library.custom_op("mambacompress::nm_linear", mutates_args=())
+def _op(x: Tensor, values: Tensor, positions: Tensor, scale: Tensor | None, bias: Tensor | None, keep: int, of: int,
+        activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
+    return _run(x, values, positions, scale, bias, keep, of, activation, act_scale, act_bits)
+
+
+@_op.register_fake
+def _fake(x: Tensor, values: Tensor, positions: Tensor, scale: Tensor | None, bias: Tensor | None, keep: int, of: int,
+          activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, positions, scale, _, ctx.keep, ctx.of, activation, act_scale, act_bits = inputs
+    inside = None
+    if activation == "tensor":  # clipped inputs get no gradient
+        inside = x.abs() <= act_scale.to(wide_dtype(x)) * qmax_of(act_bits)
+    ctx.save_for_backward(values, positions, scale, inside)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    values, positions, scale, inside = ctx.saved_tensors
+    wide = wide_dtype(grad)
+    columns = values.shape[1] // ctx.keep * ctx.of
+    weight_OI = expand(values, positions, columns, ctx.keep, ctx.of).to(wide)
+    wide_grad = grad.to(wide) if scale is None else grad.to(wide) * scale.to(wide)
+    grad_x = (wide_grad @ weight_OI).to(grad.dtype)
+    return (grad_x if inside is None else grad_x * inside, *[None] * 9)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def check() -> tuple[float, float]:
+    """(largest difference to int8_linear on the expanded weight, 0) on this machine, for ``doctor``."""
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    scale = torch.rand(40, generator=generator)
+    for keep, of in ((2, 4), (1, 8)):
+        mask = torch.zeros(40, 192 // of, of, dtype=torch.bool)
+        mask[..., of - keep:] = True
+        mask = mask.flatten(1)
+        codes = torch.randint(-127, 128, (40, 192), generator=generator, dtype=torch.int8).masked_fill(~mask, 0)
+        values, positions = kept_values(codes, mask), pack_positions(mask, keep, of)
+        for rows in (1, 30):
+            x = torch.randn(rows, 192, generator=generator)
+            y = nm_linear(x, values, positions, scale, keep=keep, of=of)
+            worst = max(worst, float((y - int8_linear(x, codes, scale)).abs().max()))
+    return worst, 0.0
+
+
+__all__ = ["check", "expand", "index_bits", "kept_values", "nm_linear", "nm_linear_reference", "pack_positions",
+           "position_bytes", "position_form", "unpack_positions"]
