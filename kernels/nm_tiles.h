@@ -4,8 +4,8 @@
 // A tile of 16 outputs is a run of blocks. A block is as many quads of inputs as it takes for whole groups: 1 where `of` is 4, 2
 // where it is 8. It holds, for each of its quads, a mask of 64 bits (bit 4 o + b is byte b of output o of the dense quad), then
 // the stored bytes of all its quads in that order, 16 * keep a group: blocks of a weight are of one size, and a tile is one
-// stream. vpexpandb (AVX-512 VBMI2) puts the bytes of a quad where its mask wants them. One to four rows are multiplied from
-// there; else, and without that instruction, a tile is expanded in cache and goes the way of dense ones. Products are exact and
+// stream. vpexpandb (AVX-512 VBMI2) puts the bytes of a quad where its mask wants them. Up to twelve rows are multiplied
+// from there; more rows, other patterns and processors without it expand a tile in cache and go the way of dense ones. Products are exact and
 // the epilogue is the same, so the result is the dense one's, bit for bit.
 //
 // The last tile is filled up with outputs that store zeros; 64 bytes behind it may be read. No include guard: see simd.h.
@@ -97,9 +97,10 @@ static inline void expand_tile(const Linear& p, int64_t first, uint8_t* to) {
 }
 
 // R rows from m by the tile from `first`, of blocks of P quads with K values a group: see int8_tile.
+// Inlined into what calls it, GCC 12 keeps the accumulators in memory.
 template <int R, int P, int K>
-static inline void nm_tile(const Linear& p, Rows& rows, int64_t m, int64_t first) {
-    constexpr int U = std::max(turns(R), P), B = U / P;  // accumulators that take turns, blocks a round
+static __attribute__((noinline)) void nm_tile(const Linear& p, Rows& rows, int64_t m, int64_t first) {
+    constexpr int U = turns(R), B = std::max(1, U / P);  // accumulators that take turns, blocks a round
     constexpr int64_t BLOCK = 8 * P + 16 * K;
     const NmLayout at(p);
     const int8_t* codes = rows.codes.get() + m * rows.stride;
@@ -109,7 +110,7 @@ static inline void nm_tile(const Linear& p, Rows& rows, int64_t m, int64_t first
     __m512i acc[U][R];
     MC_UNROLL(4)
     for (int u = 0; u < U; ++u) {
-        MC_UNROLL(4)
+        MC_UNROLL(12)
         for (int r = 0; r < R; ++r)
             acc[u][r] = _mm512_set1_epi32(u ? 0 : int32_t(-128u * uint32_t(rows.sums[size_t(m + r)])));
     }
@@ -120,8 +121,8 @@ static inline void nm_tile(const Linear& p, Rows& rows, int64_t m, int64_t first
             const uint64_t mask = mask_at(from + 8 * i);
             const __m512i w = _mm512_xor_si512(expand_bytes(load_bytes<16 * std::min(K, 4)>(value), mask), flip);
             if (i + 1 < P) value += __builtin_popcountll(mask);
-            MC_UNROLL(4)
-            for (int r = 0; r < R; ++r) dot_add(acc[turn + i][r], w, quad_of(by + r * stride + 4 * i));
+            MC_UNROLL(12)
+            for (int r = 0; r < R; ++r) dot_add(acc[(turn + i) % U][r], w, quad_of(by + r * stride + 4 * i));
         }
     };
     __builtin_prefetch(static_cast<const float*>(p.scale) + first + 4 * TILE_OUTPUTS, 0, 3);
@@ -134,7 +135,7 @@ static inline void nm_tile(const Linear& p, Rows& rows, int64_t m, int64_t first
     }
     for (; b < blocks; ++b, tile += BLOCK, codes += P * 4) multiply(tile, codes, 0);
     const __m512 scale = _mm512_maskz_loadu_ps(lanes(p.outputs - first), static_cast<const float*>(p.scale) + first);
-    MC_UNROLL(4)
+    MC_UNROLL(12)
     for (int r = 0; r < R; ++r) {
         MC_UNROLL(4)
         for (int u = 1; u < U; ++u) acc[0][r] = _mm512_add_epi32(acc[0][r], acc[u][r]);
@@ -142,12 +143,11 @@ static inline void nm_tile(const Linear& p, Rows& rows, int64_t m, int64_t first
     }
 }
 
-template <int P, int K>
+// `count` rows, at most R.
+template <int P, int K, int R = 12>
 static inline bool nm_rows(const Linear& p, Rows& rows, int64_t m, int64_t count, int64_t first) {
-    if (count == 1) nm_tile<1, P, K>(p, rows, m, first);
-    else if (count == 2) nm_tile<2, P, K>(p, rows, m, first);
-    else if (count == 3) nm_tile<3, P, K>(p, rows, m, first);
-    else if (count == 4) nm_tile<4, P, K>(p, rows, m, first);
+    if (count == R) nm_tile<R, P, K>(p, rows, m, first);
+    else if constexpr (R > 1) return nm_rows<P, K, R - 1>(p, rows, m, count, first);
     else return false;
     return true;
 }

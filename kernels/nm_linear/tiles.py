@@ -36,14 +36,19 @@ def stream_bytes(outputs: int, inputs: int, keep: int, of: int) -> int:
 
 def pack_stream(values_OV: Tensor, mask_OI: Tensor, keep: int, of: int) -> Tensor:
     """uint8 [stream_bytes] of int8 values and bool mask, as ``kept_values`` and ``unpack_positions`` give them."""
+    stream = torch.zeros(stream_bytes(*mask_OI.shape, keep, of), dtype=torch.uint8)
+    fill_stream(stream, values_OV, mask_OI, keep, of)
+    return stream
+
+
+def fill_stream(stream: Tensor, values_OV: Tensor, mask_OI: Tensor, keep: int, of: int) -> None:
+    """The same into memory that is there: uint8 [stream_bytes]."""
     outputs, inputs = mask_OI.shape
-    stream = torch.zeros(stream_bytes(outputs, inputs, keep, of), dtype=torch.uint8)
     tiles_TN = _tiles(stream, outputs, inputs, keep, of)
     for start in range(0, len(tiles_TN), _AT_A_TIME):
         rows = slice(start * OUTPUTS, (start + _AT_A_TIME) * OUTPUTS)
         part = tiles_TN[start:start + _AT_A_TIME]
         part.copy_(_pack(values_OV[rows], mask_OI[rows], keep, of).reshape(part.shape))
-    return stream
 
 
 def unpack_stream(stream: Tensor, outputs: int, inputs: int, keep: int, of: int) -> tuple[Tensor, Tensor]:
@@ -106,4 +111,4 @@ def _unpack(tiles_TN: Tensor, keep: int, of: int) -> tuple[Tensor, Tensor]:
     return rows(codes), rows(mask)
 
 
-__all__ = ["BEHIND", "block_bytes", "block_quads", "expand_stream", "pack_stream", "stream_bytes", "unpack_stream"]
+__all__ = ["BEHIND", "block_bytes", "block_quads", "expand_stream", "fill_stream", "pack_stream", "stream_bytes", "unpack_stream"]
