@@ -27,7 +27,7 @@ struct Sizes {
 
 inline Tasks linear_of(const Matrix& m, int64_t rows, int64_t threads, const float* x, int64_t x_row, float* y, int64_t y_row) {
     const Linear l{rows, m.inputs, m.outputs, m.groups, threads, m.activation, m.act_bits, x_row, y_row, F32, F32, m.scale_dtype,
-                   m.tiled, x, m.weight, m.scale, m.zero, m.bias, m.act_scale, y};
+                   m.tiled, m.keep, m.of, x, m.weight, m.scale, m.zero, m.bias, m.act_scale, y};
     return Tasks(l, Weights(m.weights));
 }
 

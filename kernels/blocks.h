@@ -9,7 +9,7 @@ namespace mc {
 
 // A linear as its module holds it: see Linear in int_tiles.h and Weights in linear_tasks.h.
 struct Matrix {
-    int64_t weights, inputs, outputs, groups, activation, act_bits, scale_dtype, tiled;
+    int64_t weights, inputs, outputs, groups, activation, act_bits, scale_dtype, tiled, keep, of;
     const void *weight, *scale;
     const uint8_t* zero;
     const float *bias, *act_scale;

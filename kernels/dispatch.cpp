@@ -19,6 +19,16 @@ int best_level() {
 }
 
 std::atomic<int> forced{-1};
+std::atomic<bool> forbidden{false};
+
+bool has_vbmi2() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512vbmi2");
+#else
+    return false;
+#endif
+}
 
 }  // namespace
 
@@ -30,6 +40,11 @@ int level() {
     return wanted < 0 || wanted > best ? best : wanted;
 }
 
+bool expands_bytes() {
+    static const bool able = has_vbmi2();
+    return able && !forbidden.load(std::memory_order_relaxed);
+}
+
 }  // namespace mc
 
 extern "C" MC_EXPORT int mc_level() { return mc::level(); }
@@ -38,4 +53,10 @@ extern "C" MC_EXPORT int mc_level() { return mc::level(); }
 extern "C" MC_EXPORT int mc_force_level(int wanted) {
     forced.store(wanted, std::memory_order_relaxed);
     return mc::level();
+}
+
+// Do without vpexpandb (1), or take it where the processor has it (0). Returns whether it is taken then.
+extern "C" MC_EXPORT int mc_forbid_expansion(int wanted) {
+    forbidden.store(wanted != 0, std::memory_order_relaxed);
+    return mc::expands_bytes();
 }

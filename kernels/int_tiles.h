@@ -115,9 +115,10 @@ constexpr int64_t TILE_OUTPUTS = 16;
 constexpr int64_t AHEAD = 4096;  // bytes of weights on their way from memory to the second-level cache
 
 // One integer linear as its caller describes it. weight rows are `row_bytes` apart, without padding. tiled: how many outputs,
-// from the first, lie in tiles. x_row, y_row: elements between rows.
+// from the first, lie in tiles. x_row, y_row: elements between rows. keep, of: the pattern of a sparse weight, see nm_tiles.h.
 struct Linear {
-    int64_t rows, inputs, outputs, groups, threads, activation, act_bits, x_row, y_row, x_dtype, y_dtype, scale_dtype, tiled;
+    int64_t rows, inputs, outputs, groups, threads, activation, act_bits, x_row, y_row, x_dtype, y_dtype, scale_dtype, tiled, keep,
+        of;
     const void *x, *weight, *scale;
     const uint8_t* zero;
     const float *bias, *act_scale;

@@ -1,4 +1,4 @@
-// A linear cut into tasks, for the level under which this file is included: int8_linear, int4_linear and mixer_step share it.
+// A linear cut into tasks, for the level under which this file is included: all linears and the fused blocks share it.
 //
 // A task is a run of neighbouring outputs for all rows (with very many rows, for a stripe of them). Its result depends neither
 // on who takes it nor when, so that any number of threads gives the same bits. Rows are prepared (quantized, or widened where
@@ -6,6 +6,7 @@
 #include "int_tiles.h"
 #include "int8_tiles.h"
 #include "int4_tiles.h"
+#include "nm_tiles.h"
 #include "float_tiles.h"
 
 namespace MC_LEVEL {
@@ -15,24 +16,26 @@ constexpr int64_t FEW_ROWS = TILE_ROWS;  // up to so many, a tile at a time: wha
 
 constexpr int64_t FEW_FLOAT_ROWS = 8;  // the same of floats
 
-enum Weights : int64_t { FLOATS = 0, BYTES = 1, NIBBLES = 2 };  // rows of fp32, bf16 or fp16; int8; int4 in groups
+// Rows of fp32, bf16 or fp16; int8; int4 in groups; N:M sparse int8.
+enum Weights : int64_t { FLOATS = 0, BYTES = 1, NIBBLES = 2, SPARSE = 3 };
 
 // What a thread needs to run the tasks of linears up to this size.
 struct Workspace {
     Scratch<int8_t> unpacked;
     Scratch<uint8_t> gathered;
     Scratch<float> widened;
-#if MC_WIDTH == 16
     Scratch<uint8_t> panel;  // two tiles
+#if MC_WIDTH == 16
     Factors factors;
     Workspace(int64_t inputs, int64_t groups)
         : unpacked(size_t(inputs)), gathered(size_t(inputs + 4)), widened(size_t(PANEL_OUTPUTS * (inputs + W))),
           panel(size_t(2 * panel_bytes(inputs))), factors(groups) {}
-    static int64_t panel_bytes(int64_t row_bytes) { return Rows::padded(row_bytes, 4) * TILE_OUTPUTS; }
 #else
     Workspace(int64_t inputs, int64_t)
-        : unpacked(size_t(inputs)), gathered(size_t(inputs + 4)), widened(size_t(PANEL_OUTPUTS * (inputs + W))) {}
+        : unpacked(size_t(inputs)), gathered(size_t(inputs + 4)), widened(size_t(PANEL_OUTPUTS * (inputs + W))),
+          panel(size_t(panel_bytes(inputs))) {}
 #endif
+    static int64_t panel_bytes(int64_t row_bytes) { return Rows::padded(row_bytes, 4) * TILE_OUTPUTS; }
 };
 
 // How one linear is cut and run.
@@ -50,9 +53,10 @@ struct Tasks {
 
     Tasks(const Linear& linear, Weights kind) : p(linear), weights(kind), shape(PLAIN), width(16), chunk(4) {
         if (floats()) shape = FLOAT, width = 4, chunk = 8;
+        if (floats() && weights == SPARSE) width = TILE_OUTPUTS, chunk = 2;
         if (weights == FLOATS && p.rows > FEW_FLOAT_ROWS) shape = FLOAT_PANELS, width = PANEL_OUTPUTS, chunk = 1;
 #if MC_WIDTH == 16
-        const bool aligned = weights == BYTES || (weights == NIBBLES && p.inputs / p.groups % 8 == 0);
+        const bool aligned = weights == BYTES || weights == SPARSE || (weights == NIBBLES && p.inputs / p.groups % 8 == 0);
         if (floats() && p.tiled) shape = FLOAT_TILES, width = TILE_OUTPUTS, chunk = 2;
         else if (!floats() && aligned) shape = TILES;
         if (shape == TILES && p.rows > FEW_ROWS) width = 2 * TILE_OUTPUTS, chunk = 1;
@@ -79,15 +83,17 @@ struct Tasks {
     }
 
     void run(Rows& rows, int64_t task, Workspace& work) const {
+        if (shape == FLOAT && weights == SPARSE) return run_expanded_floats(rows, task * width, work);
         if (shape == FLOAT) return run_floats(rows, task * width, work);
         if (shape == FLOAT_PANELS) {
             const Stripe at(*this, task, PANEL_ROWS);
             return panel_outputs(p, rows, at.start, at.end, at.first, work.widened.get());
         }
         if (shape == PLAIN) {
-            int64_t first = task * width;
-            return plain_outputs(p, rows, weights == NIBBLES, first, std::min(p.outputs, first + width), work.unpacked.get(),
-                                 work.gathered.get());
+            const int64_t first = task * width;
+            if (weights == SPARSE) expand_rows(p, first, work.panel.get());
+            return plain_outputs(weights == SPARSE ? dense_rows(p, first, work.panel.get()) : p, rows, weights == NIBBLES, first,
+                                 std::min(p.outputs, first + width), work.unpacked.get(), work.gathered.get());
         }
 #if MC_WIDTH == 16
         if (shape == FLOAT_TILES) return run_float_tile(rows, task * width, work);
@@ -110,6 +116,13 @@ struct Tasks {
         else quantize_into(rows, m, x, index, dtype, p.activation == 1 ? p.act_scale : nullptr, p.qmax(), row, natural);
     }
 
+    // The 16 outputs from `first` of a sparse weight, from rows.
+    void run_expanded_floats(Rows& rows, int64_t first, Workspace& work) const {
+        expand_rows(p, first, work.panel.get());
+        const Tasks dense(dense_rows(p, first, work.panel.get()), BYTES);
+        for (int64_t at = first; at < std::min(p.outputs, first + TILE_OUTPUTS); at += 4) dense.run_floats(rows, at, work);
+    }
+
     void run_floats(Rows& rows, int64_t first, Workspace& work) const {
         if (weights == FLOATS) return float_outputs(p, rows, first, nullptr, false);
         const float* at[4];
@@ -123,6 +136,10 @@ struct Tasks {
     const uint8_t* tile_at(int64_t first, uint8_t* panel) const {
         const uint8_t* weight = static_cast<const uint8_t*>(p.weight);
         const int64_t bytes = p.row_bytes(weights == NIBBLES);
+        if (weights == SPARSE) {
+            if (first < p.outputs) expand_tile(p, first, panel);
+            return panel;
+        }
         if (first + TILE_OUTPUTS <= p.tiled) return weight + first * bytes;
         if (first < p.outputs) pack_quads(weight, first, p.outputs, bytes, panel);
         return panel;
@@ -130,10 +147,11 @@ struct Tasks {
 
     void run_float_tile(Rows& rows, int64_t first, Workspace& work) const {
         if (first + TILE_OUTPUTS > p.tiled) {
+            if (weights == SPARSE) return run_expanded_floats(rows, first, work);
             for (int64_t at = first; at < p.outputs; at += 4) run_floats(rows, at, work);
             return;
         }
-        const uint8_t* tile = tile_at(first, nullptr);
+        const uint8_t* tile = tile_at(first, work.panel.get());
         int64_t m = 0;
         if (weights == NIBBLES) {
             for (; m + FLOAT_ROWS <= p.rows; m += FLOAT_ROWS) float_tile16<FLOAT_ROWS, true>(p, rows, m, first, tile);
@@ -149,7 +167,7 @@ struct Tasks {
         // One tile: some kilobytes ahead in the same stream. Two: the same place of the next two, since two streams at once
         // would be read from memory at half the speed.
         const int64_t ahead = T == 1 ? AHEAD : 2 * TILE_OUTPUTS * p.row_bytes(weights == NIBBLES);
-        if (weights == BYTES) int8_tile<R, T, FETCH>(p, rows, m, first, tile, ahead);
+        if (weights != NIBBLES) int8_tile<R, T, FETCH>(p, rows, m, first, tile, ahead);
         else int4_tile<R, T, FETCH>(p, rows, m, first, tile, ahead, work.factors);
     }
 
@@ -168,6 +186,7 @@ struct Tasks {
         int64_t m = at.start;
         const int tiles = int(width / TILE_OUTPUTS);
         const uint8_t* tile[2];
+        if (weights == SPARSE && tiles == 1 && nm_few_rows(p, rows, m, end - m, first)) return;
         for (int t = 0; t < tiles; ++t)
             tile[t] = tile_at(first + t * TILE_OUTPUTS, work.panel.get() + t * Workspace::panel_bytes(p.row_bytes(weights == NIBBLES)));
         if (weights == NIBBLES) work.factors.load(p, first, tiles);

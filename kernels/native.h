@@ -39,6 +39,8 @@ enum Dtype : int { F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
 
 int level();  // the level in force: the best of this processor, or a lower one that a test forced
 
+bool expands_bytes();  // whether this processor has vpexpandb (AVX-512 VBMI2), and no test forbade it
+
 // Scratch memory aligned to a cache line, of trivially constructible elements; not initialised.
 template <typename T>
 class Scratch {

@@ -18,7 +18,7 @@ from torch import Tensor
 from mambacompress.kernels import native
 from mambacompress.kernels.hadamard.cpu import _mix
 from mambacompress.kernels.hadamard.reference import split
-from mambacompress.kernels.int8_linear.tiles import tiled_outputs
+from mambacompress.kernels.int8_linear.cpu import in_tiles
 from mambacompress.kernels.int8_state import Int8State
 from mambacompress.kernels.mixer_step.reference import BlockState, Conv, Matrix, Rotation, S6Block, SSDBlock
 
@@ -26,13 +26,13 @@ MAX_WIDTH, MAX_BATCH = 16, 64
 _LOG2E = 1.44269504  # as in simd.h
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-_MATRIX = "8q5P"
+_MATRIX = "10q5P"
 _ROTATION = "2q2P"
 _BLOCK = struct.Struct(f"@10q4d14P{_MATRIX * 4}{_ROTATION * 2}")  # ``Block`` of cpu.cpp
 _STATE = struct.Struct("@4P8q4P")  # ``State``
 _STEP = struct.Struct("@3q3P")  # ``Step``
 _MODES = {"token": 0, "tensor": 1, "none": 2}
-_NO_MATRIX: tuple[Any, ...] = (0,) * 13
+_NO_MATRIX: tuple[Any, ...] = (0,) * 15
 
 
 def lacks(block: S6Block | SSDBlock) -> list[str]:
@@ -80,7 +80,7 @@ class NativeBlock:
         channels, states = block.A.shape
         self._decay = self.decay(block.A)
         eps = block.inner_eps
-        return (0, len(block.out_proj.weight), channels, states, block.groups, block.conv.weight.shape[1],
+        return (0, block.out_proj.outputs, channels, states, block.groups, block.conv.weight.shape[1],
                 block.conv.activation, block.dt_proj.inputs, 0, eps is not None, block.norm_eps, eps or 0.0, 0.0, 0.0,
                 self._at(block.norm), *self._conv(block.conv), self._decay.data_ptr(), self._at(block.D),
                 self._at(block.dt_bias), self._at(block.gate_scale), 0,
@@ -89,7 +89,7 @@ class NativeBlock:
                 *self._rotation(block.x_rotation), *self._rotation(block.out_rotation))
 
     def _ssd(self, block: SSDBlock) -> tuple[Any, ...]:
-        return (1, len(block.out_proj.weight), len(block.gated_norm), block.states, block.groups,
+        return (1, block.out_proj.outputs, len(block.gated_norm), block.states, block.groups,
                 block.conv.weight.shape[1], block.conv.activation, 0, len(block.A), 0, block.norm_eps, block.gated_eps,
                 *block.dt_limit, self._at(block.norm), *self._conv(block.conv), self._at(block.A), self._at(block.D),
                 self._at(block.dt_bias), 0, self._at(block.gated_norm), *(0,) * 5, *self._matrix(block.in_proj),
@@ -112,11 +112,12 @@ class NativeBlock:
 
     def _matrix(self, matrix: Matrix) -> tuple[Any, ...]:
         weight, scale = matrix.weight, matrix.scale
-        kind = 0 if scale is None else 2 if weight.dtype == torch.uint8 else 1
+        kind = 0 if scale is None else 3 if matrix.pattern else 2 if weight.dtype == torch.uint8 else 1
         groups = 1 if scale is None or scale.dim() == 1 else scale.shape[1]
         scale_dtype = native.DTYPE_CODES[(weight if scale is None else scale).dtype]
-        return (kind, matrix.inputs, weight.shape[0], groups, _MODES[matrix.activation], matrix.act_bits, scale_dtype,
-                tiled_outputs(weight) if matrix.tiled else 0, self._at(weight), self._at(scale), self._at(matrix.zero),
+        return (kind, matrix.inputs, matrix.outputs, groups, _MODES[matrix.activation], matrix.act_bits, scale_dtype,
+                in_tiles(weight, matrix.tiled, matrix.pattern, matrix.outputs, matrix.inputs),
+                *(matrix.pattern or (0, 0)), self._at(weight), self._at(scale), self._at(matrix.zero),
                 self._at(matrix.bias), self._at(matrix.act_scale))
 
     def _rotation(self, rotation: Rotation | None) -> tuple[int, int, int, int]:

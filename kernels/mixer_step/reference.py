@@ -20,6 +20,7 @@ from mambacompress.kernels.hadamard import hadamard
 from mambacompress.kernels.int4_linear import int4_linear
 from mambacompress.kernels.int8_linear import int8_linear
 from mambacompress.kernels.int8_state import Int8State
+from mambacompress.kernels.nm_linear import nm_linear_stream
 from mambacompress.kernels.rms_norm import gated_rms_norm, rms_norm
 from mambacompress.kernels.selective_state_update import selective_state_update, selective_state_update_int8
 from mambacompress.kernels.ssd_state_update import ssd_state_update, ssd_state_update_int8
@@ -35,9 +36,9 @@ class BlockState(NamedTuple):
 @dataclass(frozen=True)
 class Matrix:
     """A linear: fp32, bf16 or fp16 weight [O, I]; int8 [O, I] with scale [O]; or uint8 [O, I/2] with scale [O] or
-    [O, I/group_size].
+    [O, I/group_size]; or the stream of an N:M sparse weight, with pattern (keep, of), columns I and scale [O].
 
-    The rest as in int8_linear and int4_linear.
+    The rest as in int8_linear, int4_linear and nm_linear_stream.
     """
 
     weight: Tensor
@@ -49,9 +50,17 @@ class Matrix:
     act_scale: Tensor | None = None
     act_bits: int = 8
     tiled: bool = False
+    pattern: tuple[int, int] | None = None
+    columns: int = 0
+
+    @property
+    def outputs(self) -> int:
+        return len(self.weight) if self.pattern is None or self.scale is None else len(self.scale)
 
     @property
     def inputs(self) -> int:
+        if self.pattern is not None:
+            return self.columns
         return self.weight.shape[1] * (2 if self.weight.dtype == torch.uint8 else 1)
 
 
@@ -168,6 +177,10 @@ def _linear(x: Tensor, matrix: Matrix) -> Tensor:
     weight, scale = matrix.weight, matrix.scale
     if scale is None:
         return F.linear(x, weight.to(x.dtype), matrix.bias)
+    if matrix.pattern is not None:
+        keep, of = matrix.pattern
+        return nm_linear_stream(x, weight, scale, matrix.bias, keep=keep, of=of, activation=matrix.activation,
+                                act_scale=matrix.act_scale, act_bits=matrix.act_bits)
     if weight.dtype == torch.uint8:
         return int4_linear(x, weight, scale.reshape(len(weight), -1), matrix.zero, matrix.bias,
                            group_size=matrix.group_size or matrix.inputs, activation=matrix.activation,

@@ -1,7 +1,8 @@
 """nm_linear: y = x Wᵀ + bias on N:M sparse weights: int8 or fp16 values, and where they belong.
 
 The counterpart of int8_linear for weights that keep ``keep`` of every ``of`` inputs; see reference.py for the packed
-form. int8 values are multiplied as integers, fp16 values in float.
+form. int8 values are multiplied as integers, fp16 values in float. A weight that is used again and again is
+rearranged once for native code (``pack_stream``) and multiplied by ``nm_linear_stream``.
 
 Legend: T rows (tokens), I inputs, O outputs, V values a row, B bytes a row.
 """
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels import native, registry
-from mambacompress.kernels.int8_linear import check_input, int8_linear, qmax_of, wide_dtype
+from mambacompress.kernels.int8_linear import check_input, int8_linear, lacks, qmax_of, wide_dtype
+from mambacompress.kernels.int8_linear.cpu import native_linear
 from mambacompress.kernels.nm_linear.reference import (
     expand,
     index_bits,
@@ -25,6 +27,8 @@ from mambacompress.kernels.nm_linear.reference import (
     position_form,
     unpack_positions,
 )
+from mambacompress.kernels.nm_linear.stream import nm_linear_stream
+from mambacompress.kernels.nm_linear.tiles import expand_stream, pack_stream, stream_bytes, unpack_stream
 
 
 def nm_linear(
@@ -63,8 +67,10 @@ def check_arguments(x: Tensor, values: Tensor, positions: Tensor, scale: Tensor 
 
 def _run(x: Tensor, values: Tensor, positions: Tensor, scale: Tensor | None, bias: Tensor | None, keep: int, of: int,
          activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
-    if registry.choose("nm_linear", x.device, x.dtype, ["a sparse weight"]) == "native":
-        raise RuntimeError("there is no native nm_linear")
+    missing = lacks(x, values) if scale is not None else ["fp16 values"]
+    if registry.choose("nm_linear", x.device, x.dtype, missing) == "native" and scale is not None:
+        codes = expand(values, positions, x.shape[-1], keep, of)
+        return native_linear("mc_int8_linear", x, codes, scale, None, bias, 1, activation, act_scale, act_bits)
     return nm_linear_reference(x, values, positions, scale, bias, keep=keep, of=of, activation=activation,
                                act_scale=act_scale, act_bits=act_bits)
 
@@ -114,10 +120,12 @@ def check() -> tuple[float, float]:
         values, positions = kept_values(codes, mask), pack_positions(mask, keep, of)
         for rows in (1, 30):
             x = torch.randn(rows, 192, generator=generator)
-            y = nm_linear(x, values, positions, scale, keep=keep, of=of)
-            worst = max(worst, float((y - int8_linear(x, codes, scale)).abs().max()))
+            for y in (nm_linear(x, values, positions, scale, keep=keep, of=of),
+                      nm_linear_stream(x, pack_stream(values, mask, keep, of), scale, keep=keep, of=of)):
+                worst = max(worst, float((y - int8_linear(x, codes, scale)).abs().max()))
     return worst, 0.0
 
 
-__all__ = ["check", "expand", "index_bits", "kept_values", "nm_linear", "nm_linear_reference", "pack_positions",
-           "position_bytes", "position_form", "unpack_positions"]
+__all__ = ["check", "expand", "expand_stream", "index_bits", "kept_values", "nm_linear", "nm_linear_reference",
+           "nm_linear_stream", "pack_positions", "pack_stream", "position_bytes", "position_form", "stream_bytes",
+           "unpack_positions", "unpack_stream"]

@@ -30,7 +30,7 @@ from mambacompress.models.families.base import Hosted
 from mambacompress.models.graph import GraphedStep, graphed
 from mambacompress.models.mixers import MixerState
 from mambacompress.models.modelmap import Block, ModelMap
-from mambacompress.models.packed import PackedHead
+from mambacompress.models.packed_weight import Stored
 from mambacompress.models.step import (
     FusedBlocks,
     NativeStates,
@@ -112,7 +112,7 @@ class LanguageModel:
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Final norm and head on the residual [B, L, D]: fp32 (fp64 for an fp64 model)."""
         head = self.model_map.head.module
-        dtype = head.dtype if isinstance(head, PackedHead) else head.get_parameter("weight").dtype
+        dtype = head.dtype if isinstance(head, Stored) else head.get_parameter("weight").dtype
         h_BLD = self.model_map.final_norm(h_BLD).to(dtype)
         if type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
             logits_BLV = linear(h_BLD, head.weight, head.bias)

@@ -202,6 +202,7 @@ def arrange(model: nn.Module) -> None:
 
     Tensors that modules share stay shared; nothing happens where kernels take rows, or other devices hold the model.
     """
+    _stream(model)
     if not _takes_tiles(model):
         return
     owners: list[Any] = [owner for m in model.modules() for owner in (m._parameters, m._buffers)]
@@ -221,6 +222,7 @@ def arrange(model: nn.Module) -> None:
 
 def rearrange(model: nn.Module) -> None:
     """Rearrange every packed weight of a model, where it lies, for the native kernels of this processor: in tiles."""
+    _stream(model)
     if not _takes_tiles(model):
         return
     packed = [module for module in model.modules() if isinstance(module, PackedWeight) and module.tileable()]
@@ -230,9 +232,21 @@ def rearrange(model: nn.Module) -> None:
         module.tiled = True
 
 
+def _stream(model: nn.Module) -> None:
+    """The same of sparse weights, into one memory of their own: every native level takes them so."""
+    if native.library() is None or not _on_cpu(model):
+        return
+    sparse = [module for module in model.modules() if isinstance(module, PackedSparseLinear) and module.tileable()]
+    for module, room in zip(sparse, native.places([module.stream_bytes() for module in sparse]), strict=True):
+        module.tile(room)
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+
+
 def _takes_tiles(model: nn.Module) -> bool:
-    on_cpu = all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
-    return on_cpu and native.library() is not None and native.level() == "avx512"
+    return _on_cpu(model) and native.library() is not None and native.level() == "avx512"
 
 
 def build(spec: dict[str, Any]) -> nn.Module:

@@ -44,7 +44,7 @@ from mambacompress.kernels.mixer_step import (
 )
 from mambacompress.models.mixers import Mixer, MixerState, S6Mixer, SSDMixer
 from mambacompress.models.orders import SUM
-from mambacompress.models.packed import OnlineHadamard, PackedLinear
+from mambacompress.models.packed import OnlineHadamard, PackedLinear, PackedSparseLinear
 from mambacompress.models.paths import (
     DepthwiseConv,
     Gate,
@@ -178,6 +178,11 @@ class StepPlan:
             activations = module.activations
             return Matrix(_data(module.qweight), bias, _data(module.scale), zero, module.weights.group_size,
                           activations.mode, act_scale, activations.bits, module.tiled)
+        if type(module) is PackedSparseLinear and module.stream is not None and module.scale is not None:
+            bias, act_scale = (None if t is None else _data(t) for t in (module.bias, module.act_scale))
+            return Matrix(_data(module.stream), bias, _data(module.scale), activation=module.activations.mode,
+                          act_scale=act_scale, act_bits=module.activations.bits,
+                          pattern=(module.pattern.keep, module.pattern.of), columns=module.columns)
         raise NotFused(f"a {type(module).__name__} as a projection")
 
     def _conv(self, conv: DepthwiseConv | None) -> Conv:

@@ -19,7 +19,7 @@ from mambacompress.models.families import adopt
 from mambacompress.models.lm import LanguageModel
 from mambacompress.models.mixers import ScanQuantizer
 from tests.kernels.scans import threads
-from tests.kernels.test_mixer_step import FORMATS, KINDS, pack, s6_block, ssd_block, states_of
+from tests.kernels.test_mixer_step import FORMATS, KINDS, SPARSE, pack, s6_block, ssd_block, states_of
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not())
 
@@ -43,7 +43,7 @@ def same_bits(blocks: list[S6Block | SSDBlock], batch: int, length: int,
     assert same(new, new_ref)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [*FORMATS, *SPARSE])
 @torch.no_grad()
 def test_packed_blocks_bit_for_bit(level: str, form: str) -> None:
     blocks = [s6_block(form), ssd_block(form), s6_block(form, bias=True, normed=True, scaled=True)]

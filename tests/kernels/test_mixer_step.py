@@ -24,6 +24,7 @@ from mambacompress.kernels.mixer_step import (
     mixer_step,
     mixer_step_reference,
 )
+from mambacompress.kernels.nm_linear import kept_values, pack_stream
 from mambacompress.kernels.tolerances import rms_ratio
 from mambacompress.models.families import adopt
 from mambacompress.models.lm import Decoder, LanguageModel, generate
@@ -36,6 +37,7 @@ from mambacompress.models.packed import (
     PackedLinear,
     WeightFormat,
 )
+from mambacompress.nm import Pattern, nm_mask
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not())
 
@@ -51,6 +53,14 @@ FORMATS = {
     "int4-zero": (WeightFormat(4, 16, symmetric=False), ActivationFormat("tensor")),
     "int4-g6": (WeightFormat(4, 6), ActivationFormat("token")),  # no whole number of bytes a quad: the plain loop
     "w4a16": (WeightFormat(4, 32), ActivationFormat("none")),
+}
+
+
+SPARSE = {
+    "2of4": (Pattern(2, 4), ActivationFormat("token")),
+    "1of8-static": (Pattern(1, 8), ActivationFormat("tensor")),
+    "4of8": (Pattern(4, 8), ActivationFormat("token")),
+    "1of4-w8a16": (Pattern(1, 4), ActivationFormat("none")),
 }
 
 
@@ -71,6 +81,8 @@ def packed(outputs: int, inputs: int, form: str, bias: bool = False) -> Matrix:
     bias_O = torch.randn(outputs) if bias else None
     if form == "fp32":
         return Matrix(weight, bias_O)
+    if form in SPARSE:
+        return sparse(weight, bias_O, form)
     weights, activations = FORMATS[form]
     if weights.bits == 4 and (inputs % 2 or inputs % (weights.group_size or 1)):
         weights = WeightFormat(8)
@@ -78,6 +90,19 @@ def packed(outputs: int, inputs: int, form: str, bias: bool = False) -> Matrix:
                                      act_scale=0.05 if activations.mode == "tensor" else None)
     return Matrix(linear.qweight, linear.bias, linear.scale, linear.zero, weights.group_size, activations.mode,
                   linear.act_scale, activations.bits)
+
+
+def sparse(weight: Tensor, bias_O: Tensor | None, form: str) -> Matrix:
+    """A random matrix of that pattern; dense int8 where groups do not divide the inputs."""
+    pattern, activations = SPARSE[form]
+    linear = PackedLinear.from_float(weight, bias_O, weights=WeightFormat(8), activations=activations,
+                                     act_scale=0.05 if activations.mode == "tensor" else None)
+    if weight.shape[1] % pattern.of:
+        return Matrix(linear.qweight, linear.bias, linear.scale, None, None, activations.mode, linear.act_scale)
+    mask = nm_mask(weight.abs(), pattern)
+    stream = pack_stream(kept_values(linear.codes(), mask), mask, pattern.keep, pattern.of)
+    return Matrix(stream, linear.bias, linear.scale, activation=activations.mode, act_scale=linear.act_scale,
+                  pattern=(pattern.keep, pattern.of), columns=weight.shape[1])
 
 
 def rotation(size: int, block: int) -> Rotation:
@@ -142,7 +167,7 @@ def same_bits(blocks: list[S6Block | SSDBlock], batch: int, steps: int = 3) -> N
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [*FORMATS, *SPARSE])
 @torch.no_grad()
 def test_packed_blocks_bit_for_bit(level: str, form: str, batch: int) -> None:
     same_bits([s6_block(form), ssd_block(form), s6_block(form, bias=True, normed=True, scaled=True)], batch)
