@@ -1,4 +1,4 @@
-"""Speed of N:M sparse int8 linears beside dense ones: decode, prefill and bytes of one model, in rounds that take turns.
+"""Speed of N:M sparse int8 linears beside dense ones: decode, prefill and bytes of a model, in rounds that take turns.
 
     python -m benchmarks.sparse_speed --sizes 130m,370m --threads 1,2 --out sparse_speed.json
 

@@ -36,7 +36,8 @@ def stream_bytes(outputs: int, inputs: int, keep: int, of: int) -> int:
 
 def pack_stream(values_OV: Tensor, mask_OI: Tensor, keep: int, of: int) -> Tensor:
     """uint8 [stream_bytes] of int8 values and bool mask, as ``kept_values`` and ``unpack_positions`` give them."""
-    stream = torch.zeros(stream_bytes(*mask_OI.shape, keep, of), dtype=torch.uint8)
+    outputs, inputs = mask_OI.shape
+    stream = torch.zeros(stream_bytes(outputs, inputs, keep, of), dtype=torch.uint8)
     fill_stream(stream, values_OV, mask_OI, keep, of)
     return stream
 
@@ -111,4 +112,5 @@ def _unpack(tiles_TN: Tensor, keep: int, of: int) -> tuple[Tensor, Tensor]:
     return rows(codes), rows(mask)
 
 
-__all__ = ["BEHIND", "block_bytes", "block_quads", "expand_stream", "fill_stream", "pack_stream", "stream_bytes", "unpack_stream"]
+__all__ = ["BEHIND", "block_bytes", "block_quads", "expand_stream", "fill_stream", "pack_stream", "stream_bytes",
+           "unpack_stream"]

@@ -4,8 +4,8 @@ Values are int8 with one scale a row, or fp16. Positions are a bitmask or indice
 (``kernels.nm_linear``), in the buffer of that name. Zeros are nowhere stored, so what is read back is sparse by
 construction; ``kept`` recounts it from the bits all the same.
 
-``tiled``: int8 values and their positions lie in ``stream``, as the native kernels read them, and nowhere else; ``kept``,
-``codes()`` and state dicts show rows as before.
+``tiled``: int8 values and their positions lie in ``stream``, as the native kernels read them, and nowhere else;
+``kept``, ``codes()`` and state dicts show rows as before.
 
 Legend: O outputs, I inputs, V values a row, B bytes of positions a row.
 """
