@@ -71,9 +71,6 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> PlannedRun:
     model_map = checkpoint.host()
     checkpoint.check(model_map)
     passes = [PASSES[name](config) for name, config in recipe.steps()]
-    if not any(isinstance(item, Prune) for item in passes):  # a model that was trained sparse stays so
-        passes += [Prune(config) for config in declared(checkpoint.config)]
-        passes.sort(key=lambda item: item.rank)
     check_patterns(passes)
     for earlier, later in pairwise(passes):
         if earlier.rank > later.rank:
@@ -82,6 +79,9 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> PlannedRun:
                 "falsify it",
                 "order: " + ", ".join(PASSES),
             )
+    if not any(isinstance(item, Prune) for item in passes):  # a model that was trained sparse stays so
+        passes = sorted([*passes, *(Prune(config) for config in declared(checkpoint.config))], key=lambda p: p.rank)
+        check_patterns(passes)
     total, names = Plan(), [item.name for item in passes]
     for i, item in enumerate(passes):
         missing = [name for name in getattr(item, "requires", ()) if name not in names[:i]]
