@@ -25,7 +25,8 @@ LARGEST = 64
 """Places a group has at most."""
 
 _COMPARED = 8
-"""Up to this many places a group is ranked by comparing every pair, above by sorting."""
+"""Up to this many places a group is ranked by comparing every pair, above by sorting; by sorting always on a GPU, where
+every comparison is a launch."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def nm_mask(scores_OI: Tensor, pattern: Pattern) -> Tensor:
     if scores_OI.shape[-1] % pattern.of:
         raise ValueError(f"groups of {pattern.of} do not divide the last axis of {tuple(scores_OI.shape)}")
     scores_GM = scores_OI.detach().reshape(-1, pattern.of)
-    if pattern.of <= _COMPARED:
+    if pattern.of <= _COMPARED and scores_GM.device.type == "cpu":
         ranks_GM = _ranks(scores_GM)
     else:  # the place of every place in the order
         ranks_GM = scores_GM.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -139,7 +139,7 @@ class Session:
         if self.teacher is None or self.training.eta == 0:
             return loss
         with torch.no_grad():
-            target_BLV = self.teacher(input_ids=input_ids, use_cache=False).logits
+            target_BLV = self.teacher.to(logits.device)(input_ids=input_ids, use_cache=False).logits
         eta = self.training.eta
         return eta * divergence(target_BLV, logits) + (1 - eta) * loss
 
