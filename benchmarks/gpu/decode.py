@@ -16,6 +16,7 @@ from benchmarks.checkpoints import write_artifact, write_model
 from mambacompress.kernels import registry
 
 RECIPE = "rtn-w8a8"
+REPEATS = 3
 
 
 def measure_decode(size: str, folder: Path, device: torch.device, batches: tuple[int, ...] = (1, 8),
@@ -58,7 +59,9 @@ def _transformers(source: Path, device: torch.device, batches: tuple[int, ...], 
 
 
 def _rate(run: Any, batch: int, tokens: int) -> float:
-    """Tokens/s of the steps behind the first few, which pay for the prompt and for capturing."""
+    """Tokens/s of the steps behind the first few, which pay for the prompt and for capturing: the shortest of REPEATS
+    runs of each length.
+    """
     few = 8
 
     def seconds(count: int) -> float:
@@ -69,7 +72,10 @@ def _rate(run: Any, batch: int, tokens: int) -> float:
         return time.perf_counter() - begun
 
     seconds(few)
-    return batch * (tokens - few) / max(seconds(tokens) - seconds(few), 1e-9)
+    short, long = (min(seconds(count) for _ in range(REPEATS)) for count in (few, tokens))
+    if long <= short:
+        raise RuntimeError(f"{tokens} tokens took no longer than {few}: too noisy to give a rate")
+    return batch * (tokens - few) / (long - short)
 
 
 __all__ = ["measure_decode"]

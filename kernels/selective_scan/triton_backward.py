@@ -1,14 +1,17 @@
 """The selective scan on a GPU, backward, as torch.library ops with fakes and autograd.
 
 From the last kept state to the first: a program scans its 16 tokens forward again and puts the state before each into
-a scratch of its own (it stays in L2), then walks back over them with the gradient of the state in registers. Sums over
-channels (of B and C) are written a block of channels, sums over batches (of A, D, the bias, the gate's scale) a batch,
-and added up by torch: no atomics, the same bits every time.
+a scratch of its own (it stays in L2), then walks back over them with the gradient of the state in registers. Where
+batch and channels alone do not fill the chip, the sequence is cut into chunks, as forward: every chunk is walked back
+from a gradient of zero for what it hands to the one before and for its decay, the carry is the forward's, its chunks
+counted from the end, and then every chunk begins with the gradient it is handed. Sums over channels (of B and C) are
+written a block of channels, sums over batches (of A, D, the bias, the gate's scale) a batch and chunk, and added up by
+torch: no atomics, the same bits every time.
 
 Roofline at N = 16, fp16, per token and channel: 3 N exponentials (one forward again, one back, and N for the kept
 states' own scan), 8 N + 40 multiply-adds, 12 bytes of inputs and gradients and 2 * 64 of scratch from L2: again the
-exponentials bound it, 48 / 16 = 3 clocks an SM, [8, 2048, 1536] 25 M elements: 0.34 ms on an H100. It is parallel over
-batch and channels only; training batches have enough of those.
+exponentials bound it, 48 / 16 = 3 clocks an SM, [8, 2048, 1536] 25 M elements: 0.34 ms on an H100, a third more in
+chunks. Far from it a token costs its latency, some 3 us of one warp: many short chunks are what helps then.
 
 Legend: B batch, L tokens, E channels, G groups, N states.
 """
@@ -24,10 +27,20 @@ from torch import Tensor
 
 from mambacompress.kernels import gpu, native
 from mambacompress.kernels.selective_scan.cpu import input_scales
-from mambacompress.kernels.selective_scan.triton import EVERY, _outputs, channels_of, run_forward, states_last
+from mambacompress.kernels.selective_scan.triton import (
+    EVERY,
+    _outputs,
+    carry_kernel,
+    channels_of,
+    run_forward,
+    states_last,
+)
 from mambacompress.kernels.tile_math import LOG2E, narrow, sigmoid, softplus, wide
 
 TILE = 512  # states of a program: one warp, 16 a thread
+SHORTEST_CHUNK = 2 * EVERY
+PROGRAMS_TO_FILL = 2048
+CARRIED = 256  # states of a program that carries gradients from chunk to chunk
 
 
 @triton.jit
@@ -44,15 +57,55 @@ def _dt_and_decay(p_dt, p_bias, p_resets, o_r, m_r, o_dt, o_e, m_e, m_t, b_A, SO
     return b_pre, b_dt, b_a
 
 
+@triton.jit(do_not_specialize=["one"])
+def _handed_kernel(
+    p_dy, p_dt, p_A, p_C, p_z, p_bias, p_gate, p_resets, p_local, p_decay, length, chunk, channels, per_group, states,
+    dt_batch, dt_token, C_batch, C_token, z_batch, z_token, one, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):
+    """What a chunk hands to the one before it, [N, E], by a gradient of zero from the one behind; its decay."""
+    i_b, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1)  # chunks from the end
+    i_g, o_e, m_e = channels_of(tl.program_id(0), per_group, BLOCK_E)
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = o_n < states
+    m_h = m_n[:, None] & m_e[None, :]
+    o_h = (i_b * tl.num_programs(1) + i_c) * states * channels + o_n[:, None] * channels + o_e[None, :] * one  # [N, E]
+    b_A = tl.load(p_A + o_e[None, :] * states + o_n[:, None] * one, mask=m_h, other=0.0)  # [N, E]
+    b_dh = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    b_decay = tl.full([BLOCK_N, BLOCK_E], 1.0, tl.float32)
+    begin = (tl.num_programs(1) - 1 - i_c) * chunk
+    for back in range(0, chunk):
+        i = begin + chunk - 1 - back
+        t = tl.cast(i, tl.int64)
+        if REVERSE:
+            t = length - 1 - t
+        m_t = m_e & (i < length)
+        _, _, b_a = _dt_and_decay(p_dt, p_bias, p_resets, i_b * length + t, i < length,
+                                  i_b * dt_batch + t * dt_token + o_e, o_e, m_e, m_t, b_A, SOFTPLUS)
+        b_C = wide(tl.load(p_C + i_b * C_batch + t * C_token + i_g * states + o_n, mask=m_n & (i < length), other=0.0))
+        b_dy = wide(tl.load(p_dy + (i_b * length + t) * channels + o_e, mask=m_t, other=0.0))  # [E]
+        if p_z is not None:
+            b_z = wide(tl.load(p_z + i_b * z_batch + t * z_token + o_e, mask=m_t, other=0.0))  # [E]
+            b_slope = b_z
+            if p_gate is not None:
+                b_slope = b_z * tl.load(p_gate + o_e, mask=m_e, other=0.0)
+            b_dy = b_dy * b_z * sigmoid(b_slope)
+        b_dh = b_a * (b_dh + b_C[:, None] * b_dy[None, :])
+        b_decay *= b_a
+    tl.store(p_local + o_h, b_dh, mask=m_h)
+    tl.store(p_decay + o_h, b_decay, mask=m_h)
+
+
 @triton.jit(do_not_specialize=["one", "f_channel", "f_state"])
 def _backward_kernel(
-    p_dy, p_dfinal, p_kept, p_scratch, p_u, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_gate, p_resets,
-    p_du, p_ddt, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, p_dgate, p_dinitial, length, channels, per_group, states,
-    u_batch, u_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token, z_batch, z_token, f_batch, f_channel,
-    f_state, one, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, EVERY: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_dy, p_dnext, p_kept, p_scratch, p_u, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_gate, p_resets,
+    p_du, p_ddt, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, p_dgate, p_dinitial, length, chunk, channels, per_group, states,
+    u_batch, u_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token, z_batch, z_token, f_batch, f_chunk,
+    f_channel, f_state, one, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, EVERY: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    i_b = tl.program_id(1).to(tl.int64)
+    i_b, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1)  # chunks from the end
+    i_bc = i_b * tl.num_programs(1) + i_c
     i_g, o_e, m_e = channels_of(tl.program_id(0), per_group, BLOCK_E)
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < states
@@ -60,25 +113,27 @@ def _backward_kernel(
     o_h = o_n[:, None] * channels + o_e[None, :] * one  # [N, E]
     blocks = tl.cdiv(per_group, BLOCK_E)
     groups = channels // per_group
-    o_rows = (((tl.program_id(0) % blocks) * tl.num_programs(1) + i_b) * length * groups + i_g) * states + o_n  # [N]
-    p_mine = (p_scratch + (i_b * tl.num_programs(0) + tl.program_id(0)) * EVERY * BLOCK_N * BLOCK_E
+    o_rows = (((tl.program_id(0) % blocks) * tl.num_programs(2) + i_b) * length * groups + i_g) * states + o_n  # [N]
+    p_mine = (p_scratch + (i_bc * tl.num_programs(0) + tl.program_id(0)) * EVERY * BLOCK_N * BLOCK_E
               + o_n[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :] * one)  # [N, E]
     b_A = tl.load(p_A + o_e[None, :] * states + o_n[:, None] * one, mask=m_h, other=0.0)  # [N, E]
     b_D = tl.zeros([BLOCK_E], tl.float32)
     if p_D is not None:
         b_D = tl.load(p_D + o_e, mask=m_e, other=0.0)
     b_dh = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-    if p_dfinal is not None:
-        b_dh = tl.load(p_dfinal + i_b * f_batch + o_e[None, :] * f_channel + o_n[:, None] * f_state, mask=m_h,
-                       other=0.0)
+    if p_dnext is not None:
+        b_dh = tl.load(p_dnext + i_b * f_batch + i_c * f_chunk + o_e[None, :] * f_channel + o_n[:, None] * f_state,
+                       mask=m_h, other=0.0)
     b_dA = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     b_dD = tl.zeros([BLOCK_E], tl.float32)
     b_dbias = tl.zeros([BLOCK_E], tl.float32)
     b_dgate = tl.zeros([BLOCK_E], tl.float32)
-    tiles = tl.cdiv(length, EVERY)
+    begin = (tl.num_programs(1) - 1 - i_c) * chunk
+    tiles = tl.cdiv(min(chunk, length - begin), EVERY)
     for back in range(0, tiles):
-        first = (tiles - 1 - back) * EVERY
-        b_h = tl.load(p_kept + (i_b * tiles + tiles - 1 - back) * states * channels + o_h, mask=m_h, other=0.0)
+        first = begin + (tiles - 1 - back) * EVERY
+        o_kept = (i_b * tl.cdiv(length, EVERY) + first // EVERY) * states * channels
+        b_h = tl.load(p_kept + o_kept + o_h, mask=m_h, other=0.0)
         for j in range(0, EVERY):
             i = first + j
             t = tl.cast(i, tl.int64)
@@ -138,11 +193,18 @@ def _backward_kernel(
             b_dA += b_slow * b_dt[None, :]
             b_dh = b_decayed
         tl.debug_barrier()
-    tl.store(p_dA + i_b * states * channels + o_h, b_dA, mask=m_h)
-    tl.store(p_dinitial + i_b * states * channels + o_h, b_dh, mask=m_h)
-    tl.store(p_dD + i_b * channels + o_e, b_dD, mask=m_e)
-    tl.store(p_dbias + i_b * channels + o_e, b_dbias, mask=m_e)
-    tl.store(p_dgate + i_b * channels + o_e, b_dgate, mask=m_e)
+    tl.store(p_dA + i_bc * states * channels + o_h, b_dA, mask=m_h)
+    if i_c == tl.num_programs(1) - 1:
+        tl.store(p_dinitial + i_b * states * channels + o_h, b_dh, mask=m_h)
+    tl.store(p_dD + i_bc * channels + o_e, b_dD, mask=m_e)
+    tl.store(p_dbias + i_bc * channels + o_e, b_dbias, mask=m_e)
+    tl.store(p_dgate + i_bc * channels + o_e, b_dgate, mask=m_e)
+
+
+def chunk_length(programs: int, length: int) -> int:
+    """Tokens of a chunk, whole tiles; ``programs``: of one chunk."""
+    chunks = min(triton.cdiv(PROGRAMS_TO_FILL, programs), length // SHORTEST_CHUNK)
+    return triton.cdiv(triton.cdiv(length, max(1, chunks)), EVERY) * EVERY
 
 
 def run_backward(
@@ -158,20 +220,31 @@ def run_backward(
     per_group, block_n = channels // groups, triton.next_power_of_2(states)
     block_e = max(1, TILE // block_n)
     blocks = triton.cdiv(per_group, block_e)
+    chunk = chunk_length(blocks * groups * batch, length)
+    grid = (blocks * groups, triton.cdiv(length, chunk), batch)
     du, ddt = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (u, dt))
     dz = torch.empty((0,) if z is None else z.shape, dtype=u.dtype if z is None else z.dtype, device=u.device)
-    dA = torch.empty(batch, states, channels, device=u.device)
+    dA = torch.empty(batch * grid[1], states, channels, device=u.device)
     dB, dC = (torch.empty(blocks, *B.shape, device=u.device) for _ in range(2))
-    dD, dbias, dgate = (torch.empty(batch, channels, device=u.device) for _ in range(3))
+    dD, dbias, dgate = (torch.empty(batch * grid[1], channels, device=u.device) for _ in range(3))
     dinitial = states_last(batch, channels, states, u.device)
-    scratch = torch.empty(batch * blocks * groups * EVERY * block_n * block_e, device=u.device)
+    scratch = torch.empty(grid[0] * grid[1] * batch * EVERY * block_n * block_e, device=u.device)
+    z_strides = (0, 0) if z is None else z.stride()[:2]
+    dnext, strides = dfinal, (0, 0, 0, 0) if dfinal is None else (dfinal.stride(0), 0, *dfinal.stride()[1:])
+    if grid[1] > 1:
+        dnext = torch.empty(batch, grid[1], states, channels, device=u.device)
+        decay = torch.empty_like(dnext)
+        gpu.launch(_handed_kernel, grid, dy, dt, A, C, z, dt_bias, z_scale, resets, dnext, decay, length, chunk,
+                   channels, per_group, states, *dt.stride()[:2], *C.stride()[:2], *z_strides, 1, SOFTPLUS=softplus,
+                   REVERSE=reverse, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=1)
+        gpu.launch(carry_kernel, (triton.cdiv(states * channels, CARRIED), batch), dnext, decay, dfinal, dinitial,
+                   grid[1], channels, states, strides[0], *strides[2:], BLOCK=CARRIED)
+        strides = (dnext.stride(0), dnext.stride(1), 1, channels)
     gpu.launch(
-        _backward_kernel, (blocks * groups, batch), dy, dfinal, kept, scratch, u, dt, A, B, C, D, z, dt_bias, z_scale,
-        resets, du, ddt, dA, dB, dC, dD, dz, dbias, dgate, dinitial, length, channels, per_group, states, u.stride(0),
-        u.stride(1), dt.stride(0), dt.stride(1), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
-        0 if z is None else z.stride(0), 0 if z is None else z.stride(1),
-        *((0, 0, 0) if dfinal is None else dfinal.stride()), 1, SOFTPLUS=softplus, REVERSE=reverse, EVERY=EVERY,
-        BLOCK_N=block_n, BLOCK_E=block_e, num_warps=1)
+        _backward_kernel, grid, dy, dnext, kept, scratch, u, dt, A, B, C, D, z, dt_bias, z_scale, resets, du, ddt, dA,
+        dB, dC, dD, dz, dbias, dgate, dinitial, length, chunk, channels, per_group, states, *u.stride()[:2],
+        *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *z_strides, *strides, 1, SOFTPLUS=softplus, REVERSE=reverse,
+        EVERY=EVERY, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=1)
     nothing = [torch.empty(0, device=u.device) for _ in range(4)]
     return (du, ddt, dA.sum(0).t().contiguous(), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),
             nothing[0] if D is None else dD.sum(0), dz, nothing[1] if dt_bias is None else dbias.sum(0),

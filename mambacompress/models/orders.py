@@ -90,14 +90,16 @@ class Order:
 
     def apply(self, x_BLC: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Read ``x_BLC`` in this order."""
-        return x_BLC if self.is_identity else x_BLC[:, self.permutation(x_BLC.shape[1], grid).to(x_BLC.device)]
+        return x_BLC if self.is_identity else x_BLC[:, self._on(x_BLC, grid, inverse=False)]
 
     def invert(self, y_BLC: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Put a sequence read in this order back into raster order."""
-        if self.is_identity:
-            return y_BLC
-        perm = self.permutation(y_BLC.shape[1], grid).to(y_BLC.device)
-        return y_BLC[:, torch.argsort(perm)]
+        return y_BLC if self.is_identity else y_BLC[:, self._on(y_BLC, grid, inverse=True)]
+
+    def _on(self, x_BLC: Tensor, grid: tuple[int, int] | None, *, inverse: bool) -> Tensor:
+        """``perm``, or what undoes it, where ``x_BLC`` is."""
+        length = len(self.permutation(x_BLC.shape[1], grid))  # it says what is wrong with a grid
+        return _placed(self.name, grid or (1, length), x_BLC.device, inverse)
 
     def directions(self, length: int, grid: tuple[int, int] | None = None) -> Tensor:
         """How each token is reached: [L] of START, RIGHT, LEFT, UP, DOWN (0 to 4), in the order's own sequence.
@@ -121,6 +123,12 @@ def _permutation(name: str, grid: tuple[int, int]) -> Tensor:
     order = Order(name)
     perm = _FORWARD[order._base()](grid)
     return perm.flip(0) if name == "flip" or name.endswith("-flip") else perm
+
+
+@lru_cache(maxsize=128)
+def _placed(name: str, grid: tuple[int, int], device: torch.device, inverse: bool) -> Tensor:
+    perm = _permutation(name, grid)
+    return (torch.argsort(perm) if inverse else perm).to(device)
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,11 @@ def test_gradients_of_the_bare_recurrence_and_in_bf16(device: str) -> None:
     assert_gradients(selective_scan, leaves, torch.bfloat16)
 
 
-def test_gradients_across_chunks(device: str) -> None:
-    assert_gradients(selective_scan, problem(device, torch.float32, 1, 257, 3, 4))
+@pytest.mark.parametrize(("length", "reverse"), [(257, False), (75, True)])
+def test_gradients_across_chunks(device: str, length: int, reverse: bool) -> None:
+    ids = packed_ids(1, length).to(device)
+    assert_gradients(selective_scan, problem(device, torch.float32, 1, length, 3, 4), reverse=reverse,
+                     seq_idx_BL=ids if reverse else None)
 
 
 def test_prefill_and_decode_agree(device: str) -> None:
