@@ -21,7 +21,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from torch import Tensor
 from mambacompress import storage
 from mambacompress.data import training_batches
 from mambacompress.errors import UserError
+from mambacompress.training.captured import Captured, can_replay
 from mambacompress.training.config import TrainConfig, learning_rate
 from mambacompress.training.log import TrainingLog
 from mambacompress.training.processes import processes
@@ -85,9 +86,12 @@ Batch = Tensor | tuple[Tensor, ...]  # tensors that share their first axis
 
 
 class Source(Protocol):
-    """What a run reads, and what it learns from it. noun: what the user calls it."""
+    """What a run reads, and what it learns from it. noun: what the user calls it. capturable: whether the loss is a
+    function of model and batch alone (and of the method's mode), so that a GPU may replay it.
+    """
 
     noun: str
+    capturable: bool
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Whole batches, over all processes, from step ``start``; the same ones every time."""
@@ -106,6 +110,7 @@ class Text:
     """Next tokens of one row of ids, int64 [n]."""
 
     noun = "text"
+    capturable = True
 
     def __init__(self, tokens: Tensor, config: TrainConfig, method: Method | None = None) -> None:
         self.tokens, self.config, self.method = tokens, config, method
@@ -130,6 +135,10 @@ class Method(Protocol):
     def loss(self, loss: Tensor, logits: Tensor, input_ids: Tensor) -> Tensor: ...
 
     def step(self, optimizer: Any) -> None: ...
+
+    def mode(self) -> Hashable: ...  # what the loss depends on beside tensors
+
+    def again(self) -> None: ...  # a batch's gradient is computed from the start, for the same step
 
     def identity(self) -> dict[str, Any]: ...
 
@@ -175,6 +184,7 @@ def fit(model: Any, source: Source, config: TrainConfig, out: Path, *, resume: b
     start = _begin(model, optimizer, config, source, out, resume, accelerator.is_main_process, method)
     model.train()
     wrapped, prepared = accelerator.prepare(model, optimizer)
+    backward = _backward_of(accelerator, wrapped, source, method, share, config)
     log = TrainingLog(out, start) if accelerator.is_main_process else None
     done = start
     try:
@@ -184,7 +194,7 @@ def fit(model: Any, source: Source, config: TrainConfig, out: Path, *, resume: b
             began, step = time.perf_counter(), done
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            loss = _backward(accelerator, wrapped, source, batch, share, config)
+            loss = backward(batch)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip)
             for what, value in (("loss", loss), ("gradient's norm", float(norm))):
                 if not math.isfinite(value):
@@ -214,19 +224,43 @@ def fit(model: Any, source: Source, config: TrainConfig, out: Path, *, resume: b
         _save(model, optimizer, out, done, method)
 
 
-def _backward(accelerator: Any, wrapped: Any, source: Source, batch: Batch, share: int, config: TrainConfig) -> float:
-    """Gradients of one batch, accumulated over this process's micro-batches; the loss, averaged over all processes."""
-    total = torch.zeros((), device=accelerator.device)
-    for i in range(config.accumulate):
-        first = (i * accelerator.num_processes + accelerator.process_index) * share
-        last = i == config.accumulate - 1
-        mine = _part(batch, first, first + share, accelerator.device)
-        with nullcontext() if last else accelerator.no_sync(wrapped):
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = source.loss(wrapped, mine) / config.accumulate
-            accelerator.backward(loss)
-        total += loss.detach()
-    return float(accelerator.gather(total).mean())
+def _backward_of(accelerator: Any, wrapped: Any, source: Source, method: Method | None, share: int,
+                 config: TrainConfig) -> Callable[[Batch], float]:
+    """What computes the gradients of one batch, accumulated over this process's micro-batches, and gives the loss,
+    averaged over all processes. On a GPU of its own it is a CUDA graph wherever it can be.
+    """
+    device = accelerator.device
+
+    def micro(mine: Batch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = source.loss(wrapped, mine) / config.accumulate
+        accelerator.backward(loss)
+        return loss.detach()
+
+    def whole(mine: tuple[Tensor, ...]) -> Tensor:
+        if method is not None:
+            method.again()
+        return micro(mine[0] if len(mine) == 1 else mine)
+
+    captured = None
+    if source.capturable and accelerator.num_processes == config.accumulate == 1 and can_replay(device):
+        captured = Captured(whole, wrapped, (lambda: None) if method is None else method.mode)
+
+    def backward(batch: Batch) -> float:
+        if captured is not None:
+            mine = _part(batch, 0, config.batch, device)
+            replayed = captured((mine,) if isinstance(mine, Tensor) else mine)
+            if replayed is not None:
+                return float(replayed)
+        total = torch.zeros((), device=device)
+        for i in range(config.accumulate):
+            first = (i * accelerator.num_processes + accelerator.process_index) * share
+            last = i == config.accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(wrapped):
+                total += micro(_part(batch, first, first + share, device))
+        return float(accelerator.gather(total).mean())
+
+    return backward
 
 
 def _part(batch: Batch, first: int, last: int, device: torch.device) -> Batch:

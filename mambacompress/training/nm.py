@@ -18,7 +18,7 @@ Legend: O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,17 +38,30 @@ class Flow:
     decay: float = 0.0
     frozen: bool = False
     dense: bool = False
+    _betas: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    def change(self, beta: float, frozen: bool) -> None:
+        """From the next step on."""
+        self.beta, self.frozen = beta, frozen
+        for tensor in self._betas.values():
+            tensor.fill_(beta)
+
+    def beta_on(self, device: torch.device) -> Tensor | None:
+        """β where the weights are, fp32, in the same memory every time (a captured step reads it); None for 0."""
+        if self.beta == 0.0:
+            return None
+        return self._betas.setdefault(device, torch.tensor(self.beta, device=device))
 
 
 class _Masked(torch.autograd.Function):
     """W̃ from W; see the module. decay: λ in this backward, 0 where it has been added already."""
 
     @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, mask_OI: Tensor, beta: float, frozen: bool,
+    def forward(ctx: Any, weight_OI: Tensor, mask_OI: Tensor, beta: Tensor | None, frozen: bool,
                 take_decay: Callable[[], float]) -> Tensor:
         ctx.save_for_backward(weight_OI, mask_OI)
         ctx.frozen, ctx.take_decay = frozen, take_decay
-        if beta == 0.0:
+        if beta is None:
             return weight_OI.masked_fill(~mask_OI, 0)
         return torch.where(mask_OI, weight_OI, weight_OI * beta)
 
@@ -95,7 +108,7 @@ class SparseLinear(nn.Linear):
         if flow.dense:
             return self.weight
         mask_OI = self.mask.full_tensor() if isinstance(self.mask, DTensor) else self.mask
-        return _Masked.apply(self.weight, mask_OI, flow.beta, flow.frozen, self._take_decay)
+        return _Masked.apply(self.weight, mask_OI, flow.beta_on(self.weight.device), flow.frozen, self._take_decay)
 
     def _take_decay(self) -> float:
         """λ, the first time in an optimizer step."""

@@ -69,6 +69,7 @@ class Residual:
     """What one student learns from: labels, the teacher's logits, and the sum of the students in front of it."""
 
     noun = "images, teacher or students before"
+    capturable = True
 
     def __init__(self, data: ImageData, config: TrainConfig, augment: str, mixture: Mixture, teacher: Remembered,
                  before: Sequence[Remembered] = ()) -> None:

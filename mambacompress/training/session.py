@@ -155,6 +155,15 @@ class Session:
             self._undo(optimizer)
         self._enter(self._phase(self.step_count))
 
+    def mode(self) -> tuple[bool, ...]:
+        """What a step's forward and backward depend on beside tensors: see ``training.captured``."""
+        return self.flow.dense, self.flow.frozen, self.flow.beta > 0
+
+    def again(self) -> None:
+        """The step's gradient is computed from the start."""
+        for layer in self.layers.values():
+            layer.decayed = False
+
     def _phase(self, step: int) -> Phase:
         return Phase(self.pattern, frozen=True) if self.fixed else phase(self.training, self.patterns, step)
 
@@ -162,13 +171,13 @@ class Session:
         """Refresh the masks for the phase of the next step."""
         moves = not self._is("dense") and not self.phase.frozen and (
             not self._is("cast") or self.step_count % self.training.interval == 0)
+        self.again()
         for layer in self.layers.values():
-            layer.decayed = False
             if moves:
-                layer.mask = layer.best_mask(now.pattern)
+                local(layer.placed_mask()).copy_(local(layer.best_mask(now.pattern)))
             if now.frozen and not self.phase.frozen and not self.flow.dense:
                 layer.drop()
-        self.flow.beta, self.flow.frozen = now.beta, now.frozen
+        self.flow.change(now.beta, now.frozen)
         self.phase = now
 
     def _undo(self, optimizer: Any) -> None:
@@ -264,7 +273,7 @@ class Session:
             layer.decayed = False
         self.step_count = int(tensors["steps"])
         self.phase = self._phase(self.step_count)
-        self.flow.beta, self.flow.frozen = self.phase.beta, self.phase.frozen
+        self.flow.change(self.phase.beta, self.phase.frozen)
         if self.optimizer_of_cast is not None and "cast" in tensors:
             self.optimizer_of_cast.budget, largest, last = tensors["cast"].tolist()
             self.optimizer_of_cast.rates = (largest, last)

@@ -59,6 +59,7 @@ class Beside:
     """Next tokens of one row of ids, int64 [n], learnt from a ``Distiller`` (the model that is trained)."""
 
     noun = "text or teacher"
+    capturable = False  # a loss may look at more than its batch
 
     def __init__(self, tokens: Tensor, config: TrainConfig, teacher: nn.Module, settings: dict[str, Any]) -> None:
         self.tokens, self.config = tokens, config

@@ -24,6 +24,7 @@ class Labels:
     """The cross-entropy of the labels, over augmented training images."""
 
     noun = "images"
+    capturable = True
 
     def __init__(self, data: ImageData, config: TrainConfig, augment: str) -> None:
         self.data, self.config, self.augment = data, config, augment
