@@ -39,6 +39,8 @@ from mambacompress.kernels.ssd_scan.triton import (
 )
 from mambacompress.kernels.tile_math import LOG2E, factor, narrow, sigmoid, softplus, wide
 
+WARPS = 8  # three to five tiles of fp32 are summed at once: with four warps they do not fit the registers
+
 
 @triton.jit
 def _chunk_decays(p_ids, b_da, i_b, i_c, o_t, length, Q: tl.constexpr):
@@ -184,7 +186,7 @@ def run_backward(dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Te
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
     dA, dD, dbias = torch.empty(3, batch, starts.shape[1], heads, device=x.device)
     sizes = (length, heads, head_dim, groups, states, *strides(dy, x, dt, B, C), dt_low, dt_high)
-    shared = constants(x, states, softplus, dt_low, dt_high)
+    shared = constants(x, states, softplus, dt_low, dt_high) | {"num_warps": WARPS}
     gpu.launch(_input_kernel, (starts.shape[1], batch * heads), dy, x, dt, A, B, C, D, dt_bias, ids, starts, dends, dx,
                ddt, dA, dD, dbias, *sizes, **shared)
     gpu.launch(_group_kernel, (triton.cdiv(states, shared["BLOCK_N"]), starts.shape[1], batch * groups), dy, x, dt, A,
