@@ -21,6 +21,7 @@ from mambacompress.kernels.hadamard import hadamard, hadamard_int8
 from mambacompress.kernels.int4_linear import int4_linear
 from mambacompress.kernels.int8_linear import int8_linear
 from mambacompress.kernels.int8_state import quantize_state
+from mambacompress.kernels.nm_linear import nm_linear
 from mambacompress.kernels.rms_norm import gated_rms_norm, rms_norm, rms_norm_int8
 from mambacompress.kernels.selective_scan import ScanScales, selective_scan
 from mambacompress.kernels.selective_state_update import selective_state_update_int8
@@ -189,6 +190,14 @@ def _linear(kind: str, sizes: Sizes, rows: int) -> Callable[[torch.device], Case
             mode = "token" if kind == "w8a8" else "none"
             return Case(lambda: int8_linear(x, weight, scale, activation=mode), moved + size_of(weight, scale), work,
                         "int8" if mode == "token" else "fp16", peers=fp16)
+        if kind.startswith("2:4"):
+            int8 = kind == "2:4 w8a8"
+            values = inputs.codes(outputs, width // 2) if int8 else inputs.normal(outputs, width // 2)
+            mask = torch.full((outputs, width // 8), 0b1010_0101, dtype=torch.uint8, device=device)
+            scale = inputs.normal(outputs, dtype=torch.float32).abs() * 0.01 if int8 else None
+            mode = "token" if int8 else "none"
+            return Case(lambda: nm_linear(x, values, mask, scale, keep=2, of=4, activation=mode),
+                        moved + size_of(values, mask, scale), work, "int8" if int8 else "fp16", peers=fp16)
         packed = inputs.codes(outputs, width // 2, low=0, dtype=torch.uint8)
         scale = inputs.normal(outputs, width // 32).abs() * 0.05
         mode = "token" if kind == "w4a8" else "none"
@@ -235,7 +244,7 @@ def cases(sizes: Sizes, peers: dict[str, Any]) -> dict[str, Callable[[torch.devi
     last = sizes.batches[-1]
     found[f"selective_scan bf16, forward and backward [{last}, {sizes.length}, {sizes.channels}]"] = _training_scan(
         sizes, last)
-    for kind in ("w8a8", "w8a16", "w4a8", "w4a16"):
+    for kind in ("w8a8", "w8a16", "w4a8", "w4a16", "2:4 w8a8", "2:4 fp16"):
         for rows in sizes.rows:
             found[f"{kind} [{rows}, {sizes.width}] -> {2 * sizes.channels}"] = _linear(kind, sizes, rows)
     for kind in ("norm", "norm int8", "gated norm", "rotation", "rotation int8"):

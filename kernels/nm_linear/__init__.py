@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mambacompress.kernels import native, registry
-from mambacompress.kernels.int8_linear import check_input, int8_linear, lacks, qmax_of, wide_dtype
+from mambacompress.kernels.int8_linear import check_input, int8_linear_reference, lacks, qmax_of, wide_dtype
 from mambacompress.kernels.int8_linear.cpu import native_linear
 from mambacompress.kernels.nm_linear.reference import (
     expand,
@@ -67,8 +67,14 @@ def check_arguments(x: Tensor, values: Tensor, positions: Tensor, scale: Tensor 
 
 def _run(x: Tensor, values: Tensor, positions: Tensor, scale: Tensor | None, bias: Tensor | None, keep: int, of: int,
          activation: str, act_scale: Tensor | None, act_bits: int) -> Tensor:
-    missing = lacks(x, values) if scale is not None else ["fp16 values"]
-    if registry.choose("nm_linear", x.device, x.dtype, missing) == "native" and scale is not None:
+    missing = lacks(x, *(t for t in (values, positions, scale) if t is not None))
+    native_lacks = missing if scale is not None else [*missing, "fp16 values"]
+    ran = registry.choose("nm_linear", x.device, x.dtype, native_lacks, missing)
+    if ran == "triton":
+        from mambacompress.kernels.nm_linear.triton import nm_linear_triton
+
+        return nm_linear_triton(x, values, positions, scale, bias, keep, of, activation, act_scale, act_bits)
+    if ran == "native" and scale is not None:
         codes = expand(values, positions, x.shape[-1], keep, of)
         return native_linear("mc_int8_linear", x, codes, scale, None, bias, 1, activation, act_scale, act_bits)
     return nm_linear_reference(x, values, positions, scale, bias, keep=keep, of=of, activation=activation,
@@ -108,21 +114,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _op.register_autograd(_backward, setup_context=_setup)
 
 
-def check() -> tuple[float, float]:
-    """(largest difference to int8_linear on the expanded weight, 0) on this machine, for ``doctor``."""
+def check(device: torch.device | str = "cpu") -> tuple[float, float]:
+    """(largest difference to the reference on the expanded weight, 0) on this machine, for ``doctor``."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
-    scale = torch.rand(40, generator=generator)
+    scale = torch.rand(40, generator=generator).to(device)
     for keep, of in ((2, 4), (1, 8)):
         mask = torch.zeros(40, 192 // of, of, dtype=torch.bool)
         mask[..., of - keep:] = True
         mask = mask.flatten(1)
         codes = torch.randint(-127, 128, (40, 192), generator=generator, dtype=torch.int8).masked_fill(~mask, 0)
         values, positions = kept_values(codes, mask), pack_positions(mask, keep, of)
-        for rows in (1, 30):
-            x = torch.randn(rows, 192, generator=generator)
-            for y in (nm_linear(x, values, positions, scale, keep=keep, of=of),
-                      nm_linear_stream(x, pack_stream(values, mask, keep, of), scale, keep=keep, of=of)):
-                worst = max(worst, float((y - int8_linear(x, codes, scale)).abs().max()))
+        for rows in (1, 40):
+            x = torch.randn(rows, 192, generator=generator).to(device)
+            results = [nm_linear(x, values.to(device), positions.to(device), scale, keep=keep, of=of)]
+            if x.device.type == "cpu":
+                results.append(nm_linear_stream(x, pack_stream(values, mask, keep, of), scale, keep=keep, of=of))
+            reference = int8_linear_reference(x, codes.to(device), scale)
+            worst = max(worst, *(float((y - reference).abs().max()) for y in results))
     return worst, 0.0
 
 

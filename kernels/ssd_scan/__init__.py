@@ -47,7 +47,7 @@ def ssd_scan(
 
 def _scan(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "triton":
-        from mambacompress.kernels.ssd_scan.triton import ssd_scan_triton
+        from mambacompress.kernels.ssd_scan.triton_backward import ssd_scan_triton
 
         return ssd_scan_triton
     return ssd_scan_cpu

@@ -29,7 +29,7 @@ class _Gradient(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("dfinal", "dA", "dD", "dbias", "dinitial"))]
 
 
-_INPUTS = ("Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial, "
+INPUTS = ("Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor? initial, "
            "Tensor? resets, bool softplus, float dt_low, float dt_high")
 
 
@@ -64,7 +64,7 @@ def _outputs(x: Tensor, B: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 scan_op = torch.library.custom_op("mambacompress::ssd_scan", run_forward, mutates_args=(), device_types="cpu",
-                                  schema=f"({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)")
+                                  schema=f"({INPUTS}, bool save) -> (Tensor, Tensor, Tensor)")
 
 
 @scan_op.register_fake
@@ -77,7 +77,7 @@ def _backward(dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor, x: Tensor,
               softplus: bool, dt_low: float, dt_high: float) -> tuple[Tensor, ...]:
     x, dt, B, C, dy = map(native.dense_rows, (x, dt, B, C, dy))
     dfinal = None if dfinal is None else dfinal.contiguous()
-    dx, ddt, dA, dB, dC, dD, dbias, dinitial = gradients = _gradients(x, dt, A, B, C, D, dt_bias, initial)
+    dx, ddt, dA, dB, dC, dD, dbias, dinitial = gradients = gradients_like(x, dt, A, B, C, D, dt_bias, initial)
     problem = _problem(x, dt, A, B, C, D, dt_bias, initial, resets, softplus, dt_low, dt_high, None, None, checkpoints)
     gradient = _Gradient(
         native.view(dy), native.view(dx), native.view(ddt), native.view(dB), native.view(dC), native.pointer(dfinal),
@@ -88,18 +88,21 @@ def _backward(dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor, x: Tensor,
     return gradients
 
 
-def _gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
+def gradients_like(x: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Memory for the gradients of all inputs; empty where there is no such input."""
+    nothing = torch.empty(0, device=x.device)
+    return tuple(torch.empty_like(nothing) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+                 for t in (x, *inputs))
 
 
 backward_op = torch.library.custom_op(
     "mambacompress::ssd_scan_backward", _backward, mutates_args=(), device_types="cpu",
-    schema=f"(Tensor dy, Tensor? dfinal, Tensor checkpoints, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})")
+    schema=f"(Tensor dy, Tensor? dfinal, Tensor checkpoints, {INPUTS}) -> ({', '.join(['Tensor'] * 8)})")
 
 
 @backward_op.register_fake
 def _(dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return _gradients(*inputs[:8])
+    return gradients_like(*inputs[:8])
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,12 +1,12 @@
-"""The scan of Mamba-2 on a GPU: chunks of tokens as products on tensor cores, states carried between them.
+"""The scan of Mamba-2 on a GPU, forward: chunks of tokens as products on tensor cores, states carried between them.
 
 Three kernels, as in Mamba-2 (arXiv 2405.21060, sec. 6): every chunk's own state from zero; the states from chunk to
 chunk; every chunk's output from the tokens before in it and from the state it starts with. Decays are always exp of a
 difference <= 0, sums over tokens fp32. One token alone takes the decode step of ``ssd_state_update``.
 
 Factors of products: bf16 inputs meet as bf16, weights rounded to it; fp16 as tf32, which has its precision and the
-range that decays times steps need; fp32 as three products of tf32 (AMD: as fp32). The backward differentiates the
-reference, whose chunks are matrix products of torch's own.
+range that decays times steps need; fp32 as three products of tf32 (AMD: as fp32). ``triton_backward`` takes the first
+two kernels for the gradients of the states, from the last chunk to the first.
 
 Roofline, per token and head at P = 64, N = 128, Q = 64: 4 P N + 2 Q (N + P) = 57 k operations, 2 (2 P + 1) bytes of x,
 y and dt, and 4 P N 2 / Q = 1 kB of states. bf16 [8, 2048], 24 heads: 22.5 Gop, 23 us on an H100 at 990 Top/s; 0.5 GB,
@@ -25,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mambacompress.kernels import gpu, native
-from mambacompress.kernels.ssd_scan.reference import ssd_scan_reference
 from mambacompress.kernels.ssd_state_update.triton import run_update
 from mambacompress.kernels.tile_math import LOG2E, clamp, factor, narrow, softplus, wide
 
@@ -34,12 +33,19 @@ BLOCK_N = 64  # fp32, whose products take three times the registers, has half of
 
 
 @triton.jit
-def _steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS: tl.constexpr,
-           LIMITED: tl.constexpr):
-    """The step sizes of a chunk [Q], zero behind the end."""
+def raw_steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token):
+    """dt + bias of a chunk [Q]."""
     b_dt = wide(tl.load(p_dt + i_b * dt_batch + o_t * dt_token + i_h, mask=o_t < length, other=0.0))
     if p_bias is not None:
         b_dt += tl.load(p_bias + i_h)
+    return b_dt
+
+
+@triton.jit
+def steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS: tl.constexpr,
+          LIMITED: tl.constexpr):
+    """The step sizes of a chunk [Q], zero behind the end."""
+    b_dt = raw_steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token)
     if SOFTPLUS:
         b_dt = softplus(b_dt)
     if LIMITED:
@@ -50,23 +56,26 @@ def _steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_h
 @triton.jit
 def _chunk_kernel(
     p_x, p_dt, p_A, p_B, p_bias, p_ids, p_local, p_decay, length, heads, head_dim, groups, states, x_batch, x_token,
-    dt_batch, dt_token, B_batch, B_token, dt_low, dt_high, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr,
-    BF16: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    dt_batch, dt_token, B_batch, B_token, dt_low, dt_high, BACKWARD: tl.constexpr, SOFTPLUS: tl.constexpr,
+    LIMITED: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
+    """A chunk's own share of the state at its end; BACKWARD (x is dy, B is C): of the gradient of that at its start."""
     i_b, i_h, i_c = tl.program_id(2).to(tl.int64) // heads, tl.program_id(2) % heads, tl.program_id(1)
     i_g, chunks = i_h // (heads // groups), tl.num_programs(1)
     o_t = i_c.to(tl.int64) * Q + tl.arange(0, Q)
     o_p, o_n = tl.arange(0, BLOCK_P), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_t, m_p, m_n = o_t < length, o_p < head_dim, o_n < states
-    b_dt = _steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
+    b_dt = steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
     b_da = b_dt * tl.load(p_A + i_h) * LOG2E
     total = tl.sum(b_da)
-    b_weight = tl.exp2(tl.cumsum(b_da, reverse=True) - b_da) * b_dt
+    b_weight = tl.exp2(tl.cumsum(b_da)) if BACKWARD else tl.exp2(tl.cumsum(b_da, reverse=True) - b_da) * b_dt
     alive = 1.0
     if p_ids is not None:
         last = tl.load(p_ids + i_b * length + min(i_c * Q + Q, length) - 1)
         before = tl.load(p_ids + i_b * length + i_c * Q - 1, mask=i_c > 0, other=0)
-        b_weight = tl.where(tl.load(p_ids + i_b * length + o_t, mask=m_t, other=-1) == last, b_weight, 0.0)
+        b_ids = tl.load(p_ids + i_b * length + o_t, mask=m_t, other=-1)
+        b_weight = tl.where(b_ids == (before if BACKWARD else last), b_weight, 0.0)
         alive = (last == before).to(tl.float32)
     b_x = wide(tl.load(p_x + i_b * x_batch + o_t[None, :] * x_token + i_h * head_dim + o_p[:, None],
                        mask=m_p[:, None] & m_t[None, :], other=0.0))  # [P, Q]
@@ -79,15 +88,18 @@ def _chunk_kernel(
 
 
 @triton.jit
-def _carry_kernel(p_local, p_decay, p_initial, p_final, chunks, heads, size, BLOCK: tl.constexpr):
-    """Replace every chunk's own state [B, chunks, H, P N] by the one it starts with."""
+def _carry_kernel(p_local, p_decay, p_initial, p_final, chunks, heads, size, BACKWARD: tl.constexpr,
+                  BLOCK: tl.constexpr):
+    """Replace every chunk's own state [B, chunks, H, P N] by the one it starts with; BACKWARD: its gradient's share by
+    the gradient of the state that the chunk ends with."""
     i_b, i_h = tl.program_id(1).to(tl.int64) // heads, tl.program_id(1) % heads
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
     b_h = tl.zeros([BLOCK], tl.float32)
     if p_initial is not None:
         b_h = tl.load(p_initial + (i_b * heads + i_h) * size + o, mask=m, other=0.0)
-    for c in range(0, chunks):
+    for i in range(0, chunks):
+        c = chunks - 1 - i if BACKWARD else i
         i_bch = (i_b * chunks + c) * heads + i_h
         b_local = tl.load(p_local + i_bch * size + o, mask=m, other=0.0)
         tl.store(p_local + i_bch * size + o, b_h, mask=m)
@@ -121,7 +133,7 @@ def _output_kernel(
                              mask=m_n[:, None] & m_p[None, :], other=0.0), BF16)  # [N, P]
         b_pairs = tl.dot(b_C, b_B, b_pairs, input_precision=PRECISION)
         b_read = tl.dot(b_C, b_h, b_read, input_precision=PRECISION)
-    b_dt = _steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
+    b_dt = steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
     b_sums = tl.cumsum(b_dt * tl.load(p_A + i_h) * LOG2E)
     m_pairs = o_q[:, None] >= o_q[None, :]
     b_from_state = tl.exp2(b_sums)
@@ -151,89 +163,63 @@ def run_forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
     if length == 1 and ids is None:
         y, final, _ = run_update(initial, None, None, x, dt, A, B, C, D, dt_bias, softplus, dt_low, dt_high)
         return y, final
-    y, final = _outputs(x, B)
-    half = 2 if x.dtype == torch.float32 else 1
-    chunk, block_n = CHUNK // half, min(BLOCK_N // half, max(16, triton.next_power_of_2(states)))
-    chunks = triton.cdiv(length, chunk)
-    local = torch.empty(batch, chunks, heads, head_dim, states, device=x.device)
-    decay = torch.empty(batch, chunks, heads, device=x.device)
-    precise = "ieee" if gpu.amd() else "tf32x3"
-    shared: dict[str, Any] = {
-        "SOFTPLUS": softplus, "LIMITED": (dt_low, dt_high) != (0.0, float("inf")), "BF16": x.dtype == torch.bfloat16,
-        "PRECISION": "tf32" if x.dtype == torch.float16 and not gpu.amd() else precise, "Q": chunk,
-        "BLOCK_P": max(16, triton.next_power_of_2(head_dim)), "BLOCK_N": block_n, "num_stages": 1,
-        "num_warps": 4}
-    sizes = (length, heads, head_dim, groups, states, x.stride(0), x.stride(1), dt.stride(0), dt.stride(1),
-             B.stride(0), B.stride(1))
-    gpu.launch(_chunk_kernel, (triton.cdiv(states, block_n), chunks, batch * heads), x, dt, A, B, dt_bias, ids, local,
-               decay, *sizes, dt_low, dt_high, **shared)
-    gpu.launch(_carry_kernel, (triton.cdiv(head_dim * states, 512), batch * heads), local, decay, initial, final,
-               chunks, heads, head_dim * states, BLOCK=512, num_warps=4)
-    gpu.launch(_output_kernel, (chunks, batch * heads), x, dt, A, B, C, D, dt_bias, ids, local, y, *sizes, C.stride(0),
-               C.stride(1), dt_low, dt_high, **shared)
+    y, final = outputs(x, B)
+    starts = chunk_states(x, dt, A, B, dt_bias, initial, ids, softplus, dt_low, dt_high, final)
+    gpu.launch(_output_kernel, (starts.shape[1], batch * heads), x, dt, A, B, C, D, dt_bias, ids, starts, y, length,
+               heads, head_dim, groups, states, *strides(x, dt, B, C), dt_low, dt_high,
+               **constants(x, states, softplus, dt_low, dt_high))
     return y, final
 
 
-def _outputs(x: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def chunk_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor | None, initial: Tensor | None,
+                 ids: Tensor | None, softplus: bool, dt_low: float, dt_high: float, final: Tensor,
+                 backward: bool = False) -> Tensor:
+    """The states that chunks start with [B, chunks, H, P, N]; fills ``final``.
+
+    backward, with dy, C and the gradient of the final state for x, B and ``initial``: the gradients of the states that
+    chunks end with; fills ``final`` with that of the initial state.
+    """
+    batch, length, heads, head_dim = x.shape
+    groups, states = B.shape[2:]
+    shared = constants(x, states, softplus, dt_low, dt_high)
+    chunks = triton.cdiv(length, shared["Q"])
+    local = torch.empty(batch, chunks, heads, head_dim, states, device=x.device)
+    decay = torch.empty(batch, chunks, heads, device=x.device)
+    gpu.launch(_chunk_kernel, (triton.cdiv(states, shared["BLOCK_N"]), chunks, batch * heads), x, dt, A, B, dt_bias,
+               ids, local, decay, length, heads, head_dim, groups, states, *strides(x, dt, B), dt_low, dt_high,
+               BACKWARD=backward, **shared)
+    gpu.launch(_carry_kernel, (triton.cdiv(head_dim * states, 512), batch * heads), local, decay, initial, final,
+               chunks, heads, head_dim * states, BACKWARD=backward, BLOCK=512, num_warps=4)
+    return local
+
+
+def constants(x: Tensor, states: int, softplus: bool, dt_low: float, dt_high: float) -> dict[str, Any]:
+    """What all kernels of a scan are compiled for."""
+    half = 2 if x.dtype == torch.float32 else 1
+    precise = "ieee" if gpu.amd() else "tf32x3"
+    return {"SOFTPLUS": softplus, "LIMITED": (dt_low, dt_high) != (0.0, float("inf")),
+            "BF16": x.dtype == torch.bfloat16,
+            "PRECISION": "tf32" if x.dtype == torch.float16 and not gpu.amd() else precise, "Q": CHUNK // half,
+            "BLOCK_P": max(16, triton.next_power_of_2(x.shape[3])),
+            "BLOCK_N": min(BLOCK_N // half, max(16, triton.next_power_of_2(states))), "num_stages": 1, "num_warps": 4}
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Of batch and tokens, of one tensor after the other."""
+    return [step for t in tensors for step in (t.stride(0), t.stride(1))]
+
+
+def outputs(x: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for y and the final state."""
     batch, _, heads, head_dim = x.shape
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device),
             torch.empty(batch, heads, head_dim, B.shape[3], dtype=torch.float32, device=x.device))
 
 
-scan_op = torch.library.custom_op("mambacompress::ssd_scan_triton", run_forward, mutates_args=())
-
-
-@scan_op.register_fake
-def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _outputs(x, B)
-
-
-def run_backward(dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                 D: Tensor | None, dt_bias: Tensor | None, initial: Tensor | None, ids: Tensor | None, softplus: bool,
-                 dt_low: float, dt_high: float) -> tuple[Tensor, ...]:
-    """Gradients of the reference, which autograd finds; empty where there is no such input."""
-    leaves: list[Any] = [None if t is None else t.detach().requires_grad_()
-                         for t in (x, dt, A, B, C, D, dt_bias, initial)]
-    with torch.enable_grad():
-        outputs = ssd_scan_reference(*leaves[:7], dt_softplus=softplus, dt_limit=(dt_low, dt_high), chunk_size=CHUNK,
-                                     initial_state_BHPN=leaves[7], seq_idx_BL=ids)
-        found = iter(torch.autograd.grad(outputs, [t for t in leaves if t is not None],
-                                         [dy, torch.zeros_like(outputs[1]) if dfinal is None else dfinal]))
-    return tuple(x.new_empty(0) if t is None else next(found) for t in leaves)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.softplus, ctx.dt_low, ctx.dt_high = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _propagate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    dy = torch.zeros_like(tensors[0]) if dy is None else dy
-    gradients = run_backward(dy, dfinal, *tensors, ctx.softplus, ctx.dt_low, ctx.dt_high)
-    return (*(None if t is None else g for t, g in zip(tensors, gradients, strict=False)), *(None,) * 4)
-
-
-scan_op.register_autograd(_propagate, setup_context=_save_for_backward)
-
-
-def _fp32(x: Tensor | None) -> Any:
-    return None if x is None else x.float().contiguous()
-
-
-def ssd_scan_triton(x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_H: Tensor | None,
-                    dt_bias_H: Tensor | None, *, dt_softplus: bool, dt_limit: tuple[float, float],
-                    initial_state_BHPN: Tensor | None, resets_BL: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``ssd_scan``; resets_BL: bool, true where the state restarts."""
-    direct = native.runs_directly(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, initial_state_BHPN)
-    run: Any = run_forward if direct else scan_op
-    ids_BL = None if resets_BL is None else resets_BL.cumsum(1).int()
-    return run(x_BLHP, dt_BLH, _fp32(A_H), B_BLGN, C_BLGN, _fp32(D_H), _fp32(dt_bias_H), _fp32(initial_state_BHPN),
-               ids_BL, dt_softplus, float(dt_limit[0]), float(dt_limit[1]))
-
-
 def offline_calls() -> None:
     """Every shipped variant, on meta tensors: see ``kernels.offline``."""
+    from mambacompress.kernels.ssd_scan.triton_backward import run_backward
+
     one = torch.empty(24, device="meta")
     ids = torch.empty(2, 512, dtype=torch.int32, device="meta")
     for dtype in gpu.FLOATS:
@@ -241,6 +227,8 @@ def offline_calls() -> None:
         B, state = x.new_empty(2, 512, 1, 128), torch.empty(2, 24, 64, 128, device="meta")
         run_forward(x, dt, one, B, B, one, one, state, None, True, 0.0, float("inf"))
         run_forward(x, dt, one, B, B, None, one, None, ids, True, 0.001, 0.1)
+        run_backward(x, None, x, dt, one, B, B, one, one, state, None, True, 0.0, float("inf"))
+        run_backward(x, state, x, dt, one, B, B, None, one, None, ids, True, 0.001, 0.1)
 
 
-__all__ = ["offline_calls", "ssd_scan_triton"]
+__all__ = ["chunk_states", "constants", "offline_calls", "outputs", "raw_steps", "run_forward", "steps", "strides"]

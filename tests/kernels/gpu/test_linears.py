@@ -10,6 +10,8 @@ import torch
 from mambacompress.kernels import registry
 from mambacompress.kernels.int4_linear import int4_linear
 from mambacompress.kernels.int8_linear import BYTES, int8_linear, tile
+from mambacompress.kernels.nm_linear import nm_linear, pack_positions
+from mambacompress.nm import Pattern, nm_mask
 from tests.kernels.gpu.parity import FLOATS, assert_gradients, assert_same, both
 
 SIZES = [(1, 40, 65), (3, 257, 7), (40, 192, 70), (1, 1, 1)]
@@ -18,6 +20,13 @@ SIZES = [(1, 40, 65), (3, 257, 7), (40, 192, 70), (1, 1, 1)]
 def int8_weight(device: str, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8).to(device),
             torch.rand(outputs).to(device) * 0.01)
+
+
+def sparse_weight(device: str, outputs: int, groups: int, keep: int, of: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values int8 [O, V], and where they belong."""
+    mask = nm_mask(torch.rand(outputs, groups * of), Pattern(keep, of))
+    values = torch.randint(-127, 128, (outputs, groups * keep), dtype=torch.int8)
+    return values.to(device), pack_positions(mask, keep, of).to(device)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -46,6 +55,39 @@ def test_int4(device: str, dtype: torch.dtype, group_size: int, rows: int) -> No
             assert torch.equal(got[0], want[0])
     for z in (None, zero):
         assert_same(*both(int4_linear, x, weight, scale, z, bias, group_size=group_size, activation="none"), dtype)
+
+
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (4, 8), (1, 4), (1, 8), (2, 8), (1, 2), (1, 3), (2, 5), (3, 16),
+                                          (5, 12), (9, 64), (40, 64)])
+def test_sparse(device: str, keep: int, of: int) -> None:
+    dtype, groups = torch.float16, 200 // of
+    codes, positions = sparse_weight(device, 37, groups, keep, of)
+    scale, static = torch.rand(37).to(device) * 0.01, torch.tensor([0.02], device=device)
+    for rows in (1, 3, 40):
+        x, bias = torch.randn(rows, groups * of, dtype=dtype).to(device), torch.randn(37).to(device)
+        for options in ({}, {"act_bits": 4}, {"activation": "tensor", "act_scale": static}):
+            got, want = both(nm_linear, x, codes, positions, scale, bias, keep=keep, of=of, **options)
+            assert torch.equal(got[0], want[0])
+        floats = {"keep": keep, "of": of, "activation": "none"}
+        assert_same(*both(nm_linear, x, codes, positions, scale, **floats), dtype)
+        assert_same(*both(nm_linear, x, codes.half() / 127, positions, None, bias, **floats), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "groups", "outputs"), [(1, 1, 1), (7, 65, 3), (33, 48, 70), (257, 3, 5)])
+def test_sparse_sizes(device: str, dtype: torch.dtype, rows: int, groups: int, outputs: int) -> None:
+    codes, positions = sparse_weight(device, outputs, groups, 2, 4)
+    scale, x = torch.rand(outputs).to(device) * 0.01, torch.randn(rows, groups * 4, dtype=dtype).to(device)
+    got, want = both(nm_linear, x, codes, positions, scale, keep=2, of=4)
+    assert torch.equal(got[0], want[0])
+    for values, factors in ((codes, scale), (codes.half() / 127, None)):
+        assert_same(*both(nm_linear, x[None], values, positions, factors, keep=2, of=4, activation="none"), dtype)
+
+
+def test_sparse_gradients(device: str) -> None:
+    codes, positions = sparse_weight(device, 9, 8, 1, 4)
+    assert_gradients(lambda x: nm_linear(x, codes.half(), positions, keep=1, of=4, activation="none"),
+                     {"x": torch.randn(3, 32).to(device)})
 
 
 def test_what_is_no_number_stays_so(device: str) -> None:

@@ -15,6 +15,8 @@ from mambacompress.kernels.offline import Resources, ops
 
 pytestmark = pytest.mark.skipif(not gpu.installed(), reason="Triton is not installed")
 
+PRODUCTS = ("_linear_kernel", "_rotate_kernel", "_chunk_kernel", "_output_kernel", "_input_kernel", "_group_kernel")
+
 
 @pytest.mark.parametrize("target", list(gpu.TARGETS))
 def test_shipped_kernels_compile_and_spill_nothing(target: str, tmp_path: Path) -> None:
@@ -35,7 +37,7 @@ def check_what_docstrings_say(found: list[Resources], target: str) -> None:
     """Products run on matrix units; the scan has no words between threads; rows are read 16 bytes at a time."""
     for r in found:
         what = f"{r.kernel} ({r.configuration})"
-        if r.kernel in ("_linear_kernel", "_rotate_kernel", "_chunk_kernel", "_output_kernel"):
+        if r.kernel in PRODUCTS:
             exact_fp32 = "enable_fp_fusion=True" in r.configuration and r.tensor_cores == 0  # fp32 weight-only products
             assert r.tensor_cores > 0 or exact_fp32, what
         if r.kernel == "_scan_kernel" and target.startswith("sm"):

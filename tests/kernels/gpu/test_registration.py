@@ -20,7 +20,8 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     from mambacompress.kernels.causal_conv1d.triton import conv_op
     from mambacompress.kernels.selective_scan.triton_backward import backward_op, run_forward, scan_op
     from mambacompress.kernels.selective_state_update.triton import update_op
-    from mambacompress.kernels.ssd_scan.triton import scan_op as ssd_op
+    from mambacompress.kernels.ssd_scan.triton_backward import backward_op as ssd_backward_op
+    from mambacompress.kernels.ssd_scan.triton_backward import scan_op as ssd_op
     from mambacompress.kernels.ssd_state_update.triton import update_op as ssd_update_op
 
     device = "cpu" if gpu.interpreted() else "cuda"
@@ -29,6 +30,7 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x, dt_H, A_H, B_H, C_H, D_H, bias_H, state_H = (t.to(device, torch.float32)
                                                     for t in ssd_problem(2, 5, 2, 4, 8, 1).values())
     inputs = (u, dt, A, B, C, D, z, bias, None, initial, None)
+    ssd = (x, dt_H, A_H, B_H, C_H, D_H, bias_H, state_H)
     kept = run_forward(*inputs, *(None,) * 5, True, False, True)[2]
     small, state = quantize_state(initial), quantize_state(state_H)
     first = (u[:, :1], dt[:, :1], A, B[:, :1], C[:, :1], D, z[:, :1], bias, None)
@@ -37,13 +39,15 @@ def _cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "conv": (conv_op, (u, torch.randn(6, 4).to(device), D, None, None, None, None, True, 0)),
         "scan": (scan_op, (*inputs, *(None,) * 5, True, False, True)),
         "scan backward": (backward_op, (u, initial, kept, *inputs, True, False)),
-        "ssd": (ssd_op, (x, dt_H, A_H, B_H, C_H, D_H, bias_H, state_H, None, True, 0.0, 1e9)),
+        "ssd": (ssd_op, (*ssd, None, True, 0.0, 1e9)),
+        "ssd backward": (ssd_backward_op, (x, state_H, *ssd, None, True, 0.0, 1e9)),
         "update": (update_op, (small.codes, small.scale, small.step, *first, *(None,) * 5, True)),
         "ssd update": (ssd_update_op, (state.codes, state.scale, state.step, x[:, :1], dt_H[:, :1], A_H, B_H[:, :1],
                                        C_H[:, :1], D_H, bias_H, True, 0.0, 1e9))}
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "conv", "scan", "scan backward", "ssd", "update", "ssd update"])
+@pytest.mark.parametrize("name", ["rms_norm", "conv", "scan", "scan backward", "ssd", "ssd backward", "update",
+                                  "ssd update"])
 def test_ops_are_well_formed(device: str, name: str) -> None:
     op, arguments = _cases()[name]
     torch.library.opcheck(op, arguments, test_utils=CHECKS)

@@ -51,10 +51,35 @@ def test_steps_agree_with_the_scan(device: str) -> None:
     assert_same([torch.stack(parts, 1), state], [whole, final], torch.float32, TRITON_CHUNKED)
 
 
-def test_gradients(device: str) -> None:
+@pytest.mark.parametrize("sizes", [(2, 1, 4, 8, 16, 2), (1, 3, 2, 5, 7, 1), (1, 63, 4, 20, 70, 2),
+                                   (1, 257, 2, 16, 24, 1)])
+def test_gradients(device: str, sizes: tuple[int, ...]) -> None:
+    leaves = problem(device, torch.float32, *sizes)
+    assert_gradients(ssd_scan, leaves, least=TRITON_CHUNKED)
+    assert_gradients(ssd_scan, leaves, least=TRITON_CHUNKED, dt_limit=(0.2, 0.4),
+                     seq_idx_BL=packed_ids(*sizes[:2], 4).to(device))
+    for name in ("D_H", "dt_bias_H", "initial_state_BHPN"):
+        del leaves[name]
+    leaves["dt_BLH"] = leaves["dt_BLH"].abs()
+    assert_gradients(ssd_scan, leaves, least=TRITON_CHUNKED, dt_softplus=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision(device: str, dtype: torch.dtype) -> None:
+    assert_gradients(ssd_scan, problem(device, dtype, 1, 150, 4, 16, 24, 2), dtype)
+
+
+def test_gradients_of_packed_sequences_from_a_state(device: str) -> None:
+    leaves = problem(device, torch.float32, 2, 150, 2, 8, 16, 1)
+    ids = torch.tensor([[0] * 70 + [1] * 10 + [2] * 70, [0] * 63 + [1] + [2] * 64 + [0] * 22]).to(device)
+    assert_gradients(ssd_scan, leaves, least=TRITON_CHUNKED, seq_idx_BL=ids)
+
+
+def test_gradient_of_a_final_state_alone(device: str) -> None:
     leaves = problem(device, torch.float32, 1, 70, 2, 5, 7, 1)
-    assert_gradients(ssd_scan, leaves, least=3 * TRITON_CHUNKED)
-    assert_gradients(ssd_scan, leaves, least=3 * TRITON_CHUNKED, seq_idx_BL=packed_ids(1, 70).to(device))
+    del leaves["D_H"], leaves["C_BLGN"]
+    C = torch.randn(1, 70, 1, 7).to(device)
+    assert_gradients(lambda **p: ssd_scan(**p, C_BLGN=C.to(p["x_BLHP"].dtype))[1], leaves, least=TRITON_CHUNKED)
 
 
 def test_compiles_into_a_graph(device: str) -> None:

@@ -1,0 +1,247 @@
+"""The scan of Mamba-2 on a GPU, backward, as torch.library ops with fakes and autograd: chunks again.
+
+The states that chunks start with are made once more, and the gradients of those they end with are carried from the last
+chunk to the first, by the kernels of the forward. Then, a program a chunk and head: gradients of x and of the step
+sizes; a program a chunk, group and block of states: those of B and C, summed over the group's heads in registers. Sums
+over chunks and batches (of A, D, the bias) are torch's: no atomics, the same bits every time.
+
+With s the running sum of dt A in a chunk, a pair i > j reads z_ij = exp(s_i - s_j) (C_i . B_j) dt_j (dy_i . x_j). Its
+gradient goes to all dt A between the two: a sum of z over rows and one over columns are taken of the same z, so that
+what cancels does so to fp32; what reads the state at the start goes to the dt A before, what the state at the end reads
+to those after. Factors of products are those of the forward.
+
+Roofline, per token and head at P = 64, N = 128, Q = 64: 140 k operations (the forward's 57 k), 6 passes over x or dy,
+and over states and their gradients, 4 P N / Q = 0.5 kB each, 5 passes (made, carried, read twice). bf16 [8, 2048], 24
+heads: 55 Gop, 56 us on an H100; 2.3 GB, 0.7 ms at 3.35 TB/s: memory is the bound, and the states are most of it.
+
+Legend: B batch, L tokens, H heads, P head_dim, G groups, N d_state, Q tokens of a chunk; i reads, j is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mambacompress.kernels import gpu, native
+from mambacompress.kernels.ssd_scan.cpu import INPUTS, gradients_like
+from mambacompress.kernels.ssd_scan.triton import (
+    chunk_states,
+    constants,
+    outputs,
+    raw_steps,
+    run_forward,
+    steps,
+    strides,
+)
+from mambacompress.kernels.tile_math import LOG2E, factor, narrow, sigmoid, softplus, wide
+
+WARPS = 8  # three to five tiles of fp32 are summed at once: with four warps they do not fit the registers
+
+
+@triton.jit
+def _chunk_decays(p_ids, b_da, i_b, i_c, o_t, length, Q: tl.constexpr):
+    """Of a chunk: exp(s_i - s_j) [Qj, Qi], from the start to every token [Q], from every token to the end [Q], and from
+    start to end; zero where the state restarts between."""
+    o_q = tl.arange(0, Q)
+    b_sums, total = tl.cumsum(b_da), tl.sum(b_da)
+    m_pairs = o_q[:, None] <= o_q[None, :]
+    b_from_start, b_to_end, through = tl.exp2(b_sums), tl.exp2(tl.cumsum(b_da, reverse=True) - b_da), tl.exp2(total)
+    if p_ids is not None:
+        b_ids = tl.load(p_ids + i_b * length + o_t, mask=o_t < length, other=-1)
+        last = tl.load(p_ids + i_b * length + min(i_c * Q + Q, length) - 1)
+        before = tl.load(p_ids + i_b * length + i_c * Q - 1, mask=i_c > 0, other=0)
+        m_pairs = m_pairs & (b_ids[:, None] == b_ids[None, :])
+        b_from_start = tl.where(b_ids == before, b_from_start, 0.0)
+        b_to_end = tl.where(b_ids == last, b_to_end, 0.0)
+        through *= (last == before).to(tl.float32)
+    b_pairs = tl.exp2(tl.where(m_pairs, b_sums[None, :] - b_sums[:, None], float("-inf")))
+    return b_pairs, b_from_start, b_to_end, through
+
+
+@triton.jit
+def _input_kernel(
+    p_dy, p_x, p_dt, p_A, p_B, p_C, p_D, p_bias, p_ids, p_start, p_dend, p_dx, p_ddt, p_dA, p_dD, p_dbias, length,
+    heads, head_dim, groups, states, dy_batch, dy_token, x_batch, x_token, dt_batch, dt_token, B_batch, B_token, C_batch,
+    C_token, dt_low, dt_high, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, BF16: tl.constexpr,
+    PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    i_b, i_h, i_c = tl.program_id(1).to(tl.int64) // heads, tl.program_id(1) % heads, tl.program_id(0)
+    i_g, chunks = i_h // (heads // groups), tl.num_programs(0)
+    o_q, o_p = tl.arange(0, Q), tl.arange(0, BLOCK_P)
+    o_t = i_c.to(tl.int64) * Q + o_q
+    m_t, m_p = o_t < length, o_p < head_dim
+    m_tp = m_t[:, None] & m_p[None, :]
+    i_bch = (i_b * chunks + i_c) * heads + i_h
+    b_pairs = tl.zeros([Q, Q], tl.float32)  # B_j . C_i
+    b_dr = tl.zeros([Q, BLOCK_P], tl.float32)  # of dt x, the state's share
+    b_read = tl.zeros([Q, BLOCK_P], tl.float32)  # of the state
+    b_kept = tl.zeros([BLOCK_P], tl.float32)
+    for first in range(0, states, BLOCK_N):
+        o_n = first + tl.arange(0, BLOCK_N)
+        m_n = o_n < states
+        b_B = factor(wide(tl.load(p_B + i_b * B_batch + o_t[:, None] * B_token + i_g * states + o_n[None, :],
+                                  mask=m_t[:, None] & m_n[None, :], other=0.0)), BF16)  # [Q, N]
+        b_C = factor(wide(tl.load(p_C + i_b * C_batch + o_t[:, None] * C_token + i_g * states + o_n[None, :],
+                                  mask=m_t[:, None] & m_n[None, :], other=0.0)), BF16)  # [Q, N]
+        o_h = (i_bch * head_dim + o_p[None, :]) * states + o_n[:, None]
+        m_h = m_n[:, None] & m_p[None, :]
+        b_h, b_dh = tl.load(p_start + o_h, mask=m_h, other=0.0), tl.load(p_dend + o_h, mask=m_h, other=0.0)  # [N, P]
+        b_pairs = tl.dot(b_B, tl.trans(b_C), b_pairs, input_precision=PRECISION)
+        b_dr = tl.dot(b_B, factor(b_dh, BF16), b_dr, input_precision=PRECISION)
+        b_read = tl.dot(b_C, factor(b_h, BF16), b_read, input_precision=PRECISION)
+        b_kept += tl.sum(b_h * b_dh, 0)
+    b_dt = steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
+    decay = tl.load(p_A + i_h)
+    b_decays, b_from_start, b_to_end, through = _chunk_decays(p_ids, b_dt * decay * LOG2E, i_b, i_c, o_t, length, Q)
+    b_x = wide(tl.load(p_x + i_b * x_batch + o_t[:, None] * x_token + i_h * head_dim + o_p[None, :], mask=m_tp,
+                       other=0.0))  # [Q, P]
+    b_dy = wide(tl.load(p_dy + i_b * dy_batch + o_t[:, None] * dy_token + i_h * head_dim + o_p[None, :], mask=m_tp,
+                        other=0.0))  # [Q, P]
+    b_dr *= b_to_end[:, None]
+    b_end = tl.sum(b_x * b_dr, 1) * b_dt  # what the state at the end reads of every token
+    b_ds = tl.sum(b_dy * b_read, 1) * b_from_start  # what every token reads of the state at the start
+    b_pairs *= b_decays
+    b_z = tl.dot(factor(b_x, BF16), tl.trans(factor(b_dy, BF16)), input_precision=PRECISION)  # [Qj, Qi]
+    b_z = tl.where(o_q[:, None] < o_q[None, :], b_z * b_pairs * b_dt[:, None], 0.0)
+    b_ds += tl.sum(b_z, 0) - tl.sum(b_z, 1)
+    b_dda = tl.cumsum(b_ds, reverse=True) + tl.cumsum(b_end) - b_end + through * tl.sum(b_kept)
+    b_dr = tl.dot(factor(b_pairs, BF16), factor(b_dy, BF16), b_dr, input_precision=PRECISION)
+    b_ddt = tl.sum(b_x * b_dr, 1) + decay * b_dda
+    b_dx = b_dr * b_dt[:, None]
+    if p_D is not None:
+        b_dx += b_dy * tl.load(p_D + i_h)
+    tl.store(p_dx + ((i_b * length + o_t[:, None]) * heads + i_h) * head_dim + o_p[None, :], narrow(b_dx, p_dx),
+             mask=m_tp)
+    b_raw = raw_steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token)
+    if LIMITED:
+        b_step = softplus(b_raw) if SOFTPLUS else b_raw
+        b_ddt = tl.where((b_step >= dt_low) & (b_step <= dt_high), b_ddt, 0.0)
+    if SOFTPLUS:
+        b_ddt *= sigmoid(b_raw)
+    b_ddt = tl.where(m_t, b_ddt, 0.0)
+    tl.store(p_ddt + (i_b * length + o_t) * heads + i_h, narrow(b_ddt, p_ddt), mask=m_t)
+    tl.store(p_dA + i_bch, tl.sum(b_dt * b_dda))
+    tl.store(p_dD + i_bch, tl.sum(tl.sum(b_x * b_dy, 1)))
+    tl.store(p_dbias + i_bch, tl.sum(b_ddt))
+
+
+@triton.jit
+def _group_kernel(
+    p_dy, p_x, p_dt, p_A, p_B, p_C, p_bias, p_ids, p_start, p_dend, p_dB, p_dC, length, heads, head_dim, groups, states,
+    dy_batch, dy_token, x_batch, x_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token, dt_low, dt_high,
+    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    i_b, i_g, i_c = tl.program_id(2).to(tl.int64) // groups, tl.program_id(2) % groups, tl.program_id(1)
+    per_group, chunks = heads // groups, tl.num_programs(1)
+    o_p, o_n = tl.arange(0, BLOCK_P), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_t = i_c.to(tl.int64) * Q + tl.arange(0, Q)
+    m_t, m_p, m_n = o_t < length, o_p < head_dim, o_n < states
+    m_tp, m_tn, m_h = m_t[:, None] & m_p[None, :], m_t[:, None] & m_n[None, :], m_p[:, None] & m_n[None, :]
+    b_dpairs = tl.zeros([Q, Q], tl.float32)  # of B_j . C_i
+    b_dB, b_dC = tl.zeros([Q, BLOCK_N], tl.float32), tl.zeros([Q, BLOCK_N], tl.float32)
+    for i_h in range(i_g * per_group, (i_g + 1) * per_group):
+        b_dt = steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
+        b_da = b_dt * tl.load(p_A + i_h) * LOG2E
+        b_decays, b_from_start, b_to_end, _ = _chunk_decays(p_ids, b_da, i_b, i_c, o_t, length, Q)
+        b_x = wide(tl.load(p_x + i_b * x_batch + o_t[:, None] * x_token + i_h * head_dim + o_p[None, :], mask=m_tp,
+                           other=0.0))  # [Q, P]
+        b_dy = wide(tl.load(p_dy + i_b * dy_batch + o_t[:, None] * dy_token + i_h * head_dim + o_p[None, :],
+                            mask=m_tp, other=0.0))  # [Q, P]
+        o_h = (((i_b * chunks + i_c) * heads + i_h) * head_dim + o_p[:, None]) * states + o_n[None, :]
+        b_h = factor(tl.load(p_start + o_h, mask=m_h, other=0.0), BF16)  # [P, N]
+        b_dh = factor(tl.load(p_dend + o_h, mask=m_h, other=0.0), BF16)  # [P, N]
+        b_z = tl.dot(factor(b_x, BF16), tl.trans(factor(b_dy, BF16)), input_precision=PRECISION)  # [Qj, Qi]
+        b_dpairs += b_z * b_decays * b_dt[:, None]
+        b_dB = tl.dot(factor(b_x * (b_dt * b_to_end)[:, None], BF16), b_dh, b_dB, input_precision=PRECISION)
+        b_dC = tl.dot(factor(b_dy * b_from_start[:, None], BF16), b_h, b_dC, input_precision=PRECISION)
+    b_B = factor(wide(tl.load(p_B + i_b * B_batch + o_t[:, None] * B_token + i_g * states + o_n[None, :], mask=m_tn,
+                              other=0.0)), BF16)  # [Q, N]
+    b_C = factor(wide(tl.load(p_C + i_b * C_batch + o_t[:, None] * C_token + i_g * states + o_n[None, :], mask=m_tn,
+                              other=0.0)), BF16)  # [Q, N]
+    b_dB = tl.dot(factor(b_dpairs, BF16), b_C, b_dB, input_precision=PRECISION)
+    b_dC = tl.dot(tl.trans(factor(b_dpairs, BF16)), b_B, b_dC, input_precision=PRECISION)
+    o_out = ((i_b * length + o_t[:, None]) * groups + i_g) * states + o_n[None, :]
+    tl.store(p_dB + o_out, narrow(b_dB, p_dB), mask=m_tn)
+    tl.store(p_dC + o_out, narrow(b_dC, p_dC), mask=m_tn)
+
+
+def run_backward(dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+                 D: Tensor | None, dt_bias: Tensor | None, initial: Tensor | None, ids: Tensor | None, softplus: bool,
+                 dt_low: float, dt_high: float) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, A, B, C, D, dt_bias and initial; empty where there is no such input."""
+    dy, x, dt, B, C = map(native.dense_rows, (dy, x, dt, B, C))
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    batch, length, heads, head_dim = x.shape
+    groups, states = B.shape[2:]
+    _, final = outputs(x, B)
+    dinitial = torch.empty_like(final)
+    options = (ids, softplus, dt_low, dt_high)
+    starts = chunk_states(x, dt, A, B, dt_bias, initial, *options, final)
+    dends = chunk_states(dy, dt, A, C, dt_bias, dfinal, *options, dinitial, backward=True)
+    dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
+    dA, dD, dbias = torch.empty(3, batch, starts.shape[1], heads, device=x.device)
+    sizes = (length, heads, head_dim, groups, states, *strides(dy, x, dt, B, C), dt_low, dt_high)
+    shared = constants(x, states, softplus, dt_low, dt_high) | {"num_warps": WARPS}
+    gpu.launch(_input_kernel, (starts.shape[1], batch * heads), dy, x, dt, A, B, C, D, dt_bias, ids, starts, dends, dx,
+               ddt, dA, dD, dbias, *sizes, **shared)
+    gpu.launch(_group_kernel, (triton.cdiv(states, shared["BLOCK_N"]), starts.shape[1], batch * groups), dy, x, dt, A,
+               B, C, dt_bias, ids, starts, dends, dB, dC, *sizes, **shared)
+    nothing = [torch.empty(0, device=x.device) for _ in range(3)]
+    return (dx, ddt, dA.sum((0, 1)), dB, dC, nothing[0] if D is None else dD.sum((0, 1)),
+            nothing[1] if dt_bias is None else dbias.sum((0, 1)), nothing[2] if initial is None else dinitial)
+
+
+scan_op = torch.library.custom_op("mambacompress::ssd_scan_triton", run_forward, mutates_args=())
+
+
+@scan_op.register_fake
+def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return outputs(x, B)
+
+
+backward_op = torch.library.custom_op(
+    "mambacompress::ssd_scan_triton_backward", run_backward, mutates_args=(),
+    schema=f"(Tensor dy, Tensor? dfinal, {INPUTS}) -> ({', '.join(['Tensor'] * 8)})")
+
+
+@backward_op.register_fake
+def _(dy: Tensor, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    return gradients_like(*inputs[:8])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.softplus, ctx.dt_low, ctx.dt_high = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _propagate(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    gradients = backward_op(dy, dfinal, *tensors, ctx.softplus, ctx.dt_low, ctx.dt_high)
+    return (*(None if t is None else g for t, g in zip(tensors, gradients, strict=False)), *(None,) * 4)
+
+
+scan_op.register_autograd(_propagate, setup_context=_save_for_backward)
+
+
+def _fp32(x: Tensor | None) -> Any:
+    return None if x is None else x.float().contiguous()
+
+
+def ssd_scan_triton(x_BLHP: Tensor, dt_BLH: Tensor, A_H: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, D_H: Tensor | None,
+                    dt_bias_H: Tensor | None, *, dt_softplus: bool, dt_limit: tuple[float, float],
+                    initial_state_BHPN: Tensor | None, resets_BL: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``ssd_scan``; resets_BL: bool, true where the state restarts."""
+    direct = native.runs_directly(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, dt_bias_H, initial_state_BHPN)
+    run: Any = run_forward if direct else scan_op
+    ids_BL = None if resets_BL is None else resets_BL.cumsum(1).int()
+    return run(x_BLHP, dt_BLH, _fp32(A_H), B_BLGN, C_BLGN, _fp32(D_H), _fp32(dt_bias_H), _fp32(initial_state_BHPN),
+               ids_BL, dt_softplus, float(dt_limit[0]), float(dt_limit[1]))
+
+
+__all__ = ["run_backward", "ssd_scan_triton"]
