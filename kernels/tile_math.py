@@ -11,6 +11,7 @@ import triton.language as tl
 from mambacompress.kernels import int8_state
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point
 STEP, CHANNEL, STATE = (tl.constexpr(number) for number in (int8_state.STEP, int8_state.CHANNEL, int8_state.STATE))
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))

@@ -1,7 +1,8 @@
 """How long something takes on a GPU, and what the card does at best.
 
 A time is the median of single runs between two events, with the L2 cache overwritten before each: what a model finds,
-whose tensors are too many to stay there. Ceilings are measured the same way: a copy, a matrix product in fp16 and one
+whose tensors are too many to stay there. The GPU sleeps before each run until its launches are queued: what is measured
+is the kernels, not how fast Python asks for them. Ceilings are measured the same way: a copy, a product in fp16 and one
 in int8, so that a kernel is compared with what this card gives, not with its data sheet.
 """
 
@@ -17,6 +18,7 @@ import torch
 SECONDS = 0.2  # of runs for one figure
 MOST_RUNS = 100
 FLUSHED = 256 << 20  # bytes: more than any L2
+ASLEEP = 1_000_000  # clocks, about half a millisecond
 
 
 class Clock:
@@ -37,6 +39,7 @@ class Clock:
         for _ in range(count):
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._flush.zero_()
+            torch.cuda._sleep(ASLEEP)
             first.record()
             run()
             last.record()

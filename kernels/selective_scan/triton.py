@@ -3,17 +3,18 @@
 A program holds a tile of states [N, E]: neighbouring threads are neighbouring channels, so that u, dt, z and y are
 coalesced, B and C are the same for all threads, and C . h is a sum inside a thread. (``one`` is 1, but the compiler
 must not know: of addresses it can vectorize it would make four states a thread's, and every sum a matter of shuffles
-and shared memory.) Tokens come one after another. Where batch and channels alone do not fill the chip, the sequence is
-cut into chunks: every chunk is scanned from zero for its final state and its decay exp(A sum dt); a small kernel
-carries states from chunk to chunk; then every chunk is scanned from the state it starts with. int8 inputs are
-multiplied by their scales (one, or one a channel or state) in registers. With ``EVERY`` the state is kept at every so
-many tokens, for the backward (``triton_backward``).
+and shared memory.) Tokens come one after another, but what four of them bring is asked for at once: the loads of one
+take several times its arithmetic to arrive. Where batch and channels alone do not fill the chip, the sequence is cut
+into chunks: every chunk is scanned from zero for its final state and its decay exp(A sum dt); a small kernel carries
+states from chunk to chunk; then every chunk is scanned from the state it starts with. int8 inputs are multiplied by
+their scales (one, or one a channel or state) in registers. With ``EVERY`` the state is kept at every so many tokens,
+for the backward (``triton_backward``).
 
 Roofline, per token and channel at N = 16, fp16: 8 bytes (u, dt, z, y; B and C are shared by all channels), 5 with int8
 inputs and no z; N exponentials, 2 more for softplus and 2 for the gate, and 4 N + 10 multiply-adds. An H100 has 16
 special-function results and 128 FMA a clock and SM: 20 / 16 = 1.25 clocks of exponentials, 0.6 of the rest, and
 8 B / (3350 / 132 / 1.7 = 14.9 B a clock and SM) = 0.54 of memory: the exponentials are the bound. ``POLYNOMIAL`` takes
-one token in so many through some fifteen instructions of other pipes an exponential instead: with one in four, of 80
+one token in four through some fifteen instructions of other pipes an exponential instead: of 80
 special functions in four tokens 64 are left (4 clocks, not 5), and 300 other instructions become 540 (4.2).
 [1, 2048, 1536]: 3.1 M elements, 17 us by 1.25 clocks, twice that in chunks.
 
@@ -48,22 +49,81 @@ def channels_of(program, per_group, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def scale_of(p_scale, offsets, STEP: tl.constexpr, mask):
-    """The scales of int8 inputs [...]: one for all where STEP is 0."""
-    return tl.load(p_scale + offsets * STEP, mask=mask, other=0.0)
+    """The scales of int8 inputs [...]: one for all where STEP is 0; 1 where there are none."""
+    b_scale = tl.full(offsets.shape, 1.0, tl.float32)
+    if p_scale is not None:
+        b_scale = tl.load(p_scale + offsets * STEP, mask=mask, other=0.0)
+    return b_scale
 
 
 @triton.jit
-def step_size(b_dt, p_bias, o_e, m_e, SOFTPLUS: tl.constexpr):
-    """dt as the recurrence takes it, [E]."""
-    if p_bias is not None:
-        b_dt += tl.load(p_bias + o_e, mask=m_e, other=0.0)
+def vector_of(p_x, offsets, mask, default):
+    """A parameter of every channel [E], in fp32; the default where there is none."""
+    b_x = tl.full(offsets.shape, default, tl.float32)
+    if p_x is not None:
+        b_x = tl.load(p_x + offsets, mask=mask, other=0.0)
+    return b_x
+
+
+@triton.jit
+def ahead(p_x, step):
+    """The pointer that far ahead; None where there is none."""
+    if p_x is not None:
+        p_x += step
+    return p_x
+
+
+@triton.jit
+def _token(p_u, p_dt, p_z, p_B, p_C, p_resets, inside, o_e, m_e, o_n, m_n, SUMMARY: tl.constexpr):
+    """What a token brings: u, dt, z [E], B, C [N] as they lie in memory, and whether the state goes on into it."""
+    m_t, m_r = m_e & inside, m_n & inside
+    b_u = tl.load(p_u + o_e, mask=m_t, other=0)
+    b_dt = tl.load(p_dt + o_e, mask=m_t, other=0)
+    b_B = tl.load(p_B + o_n, mask=m_r, other=0)
+    b_C, b_z = b_B, b_u
+    if not SUMMARY:
+        b_C = tl.load(p_C + o_n, mask=m_r, other=0)
+        if p_z is not None:
+            b_z = tl.load(p_z + o_e, mask=m_t, other=0)
+    goes_on = 1.0
+    if p_resets is not None:
+        goes_on = 1.0 - tl.load(p_resets, mask=inside, other=0).to(tl.float32)
+    return b_u, b_dt, b_z, b_B, b_C, goes_on
+
+
+@triton.jit
+def _advance(b_h, inside, b_u, b_dt, b_z, b_B, b_C, goes_on, b_A, b_bias, b_D, b_gate, b_su, b_sdt, b_sz, b_sB, b_sC,
+             m_e, p_z, p_resets, SOFTPLUS: tl.constexpr, SUMMARY: tl.constexpr, POLYNOMIAL: tl.constexpr,
+             SCALED: tl.constexpr):
+    """(the state behind the token [N, E], dt as the recurrence takes it [E], y [E])."""
+    b_u, b_dt, b_B = wide(b_u), wide(b_dt), wide(b_B)
+    if SCALED:
+        b_u, b_dt, b_B = b_u * b_su, b_dt * b_sdt, b_B * b_sB
+    b_dt += b_bias
     if SOFTPLUS:
         b_dt = softplus(b_dt)
-    return b_dt
+    b_dt = tl.where(m_e & inside, b_dt, 0.0)
+    b_x = b_dt[None, :] * b_A
+    b_a = exp2_polynomial(b_x) if POLYNOMIAL else tl.exp2(b_x)
+    if p_resets is not None:
+        b_a *= goes_on
+    b_h = b_a * b_h + (b_dt * b_u)[None, :] * b_B[:, None]
+    b_y = b_u
+    if not SUMMARY:
+        b_C = wide(b_C)
+        if SCALED:
+            b_C = b_C * b_sC
+        b_y = tl.sum(b_h * b_C[:, None], 0) + b_u * b_D
+        if p_z is not None:
+            b_z = wide(b_z)
+            if SCALED:
+                b_z = b_z * b_sz
+            b_y *= b_z * sigmoid(b_z * b_gate)
+    return b_h, b_dt, b_y
 
 
-@gpu.tuned([({"TILE": 512, "POLYNOMIAL": 4}, 1, 1), ({"TILE": 512, "POLYNOMIAL": 0}, 1, 1),
-            ({"TILE": 2048, "POLYNOMIAL": 4}, 4, 1)], key=["BLOCK_N", "channels", "LONG", "SUMMARY"])
+@gpu.tuned([({"TILE": 512, "POLYNOMIAL": 1}, 1, 1), ({"TILE": 512, "POLYNOMIAL": 0}, 1, 1),
+            ({"TILE": 1024, "POLYNOMIAL": 0}, 1, 1)], key=["BLOCK_N", "channels", "LONG", "SUMMARY"])
 @triton.jit(do_not_specialize=["one", "h_channel", "h_state"])
 def _scan_kernel(
     p_u, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_gate, p_initial, p_resets, p_su, p_sdt, p_sB, p_sC, p_sz,
@@ -74,7 +134,8 @@ def _scan_kernel(
     STEP_C: tl.constexpr, STEP_Z: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, POLYNOMIAL: tl.constexpr,
 ):
     BLOCK_E: tl.constexpr = TILE // BLOCK_N
-    UNROLL: tl.constexpr = 4 if POLYNOMIAL else 1
+    AT_ONCE: tl.constexpr = 4 if LONG else 1  # tokens whose loads are under way together
+    SCALED: tl.constexpr = p_su is not None or p_sdt is not None or p_sB is not None
     i_b, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1)
     i_g, o_e, m_e = channels_of(tl.program_id(0), per_group, BLOCK_E)
     o_n = tl.arange(0, BLOCK_N)
@@ -87,54 +148,77 @@ def _scan_kernel(
     if p_initial is not None:
         b_h = tl.load(p_initial + i_b * h_batch + i_c * h_chunk + o_e[None, :] * h_channel + o_n[:, None] * h_state,
                       mask=m_h, other=0.0)
+    b_bias, b_D = vector_of(p_bias, o_e, m_e, 0.0), vector_of(p_D, o_e, m_e, 0.0)
+    b_gate = vector_of(p_gate, o_e, m_e, 1.0)
+    b_su, b_sdt = scale_of(p_su, o_e, STEP_U, m_e), scale_of(p_sdt, o_e, STEP_DT, m_e)
+    b_sz, b_sB = scale_of(p_sz, o_e, STEP_Z, m_e), scale_of(p_sB, i_g * states + o_n, STEP_B, m_n)
+    b_sC = scale_of(p_sC, i_g * states + o_n, STEP_C, m_n)
+    begin = i_c * chunk
+    first = (length - 1 - begin) if REVERSE else begin
+    onward = -1 if REVERSE else 1
+    u_step, dt_step, z_step, B_step, C_step = (onward * u_token, onward * dt_token, onward * z_token, onward * B_token,
+                                               onward * C_token)
+    y_step = onward * channels
+    p_u += i_b * u_batch + first.to(tl.int64) * u_token
+    p_dt += i_b * dt_batch + first.to(tl.int64) * dt_token
+    p_B += i_b * B_batch + first.to(tl.int64) * B_token + i_g * states
+    p_C += i_b * C_batch + first.to(tl.int64) * C_token + i_g * states
+    p_y += (i_b * length + first) * channels
+    if p_z is not None:
+        p_z += i_b * z_batch + first.to(tl.int64) * z_token
+    if p_resets is not None:
+        p_resets += i_b * length + first
     b_sum = tl.zeros([BLOCK_E], tl.float32)  # of dt
     alive = 1.0
-    for first in range(i_c * chunk, min((i_c + 1) * chunk, length), UNROLL):
-        for j in tl.static_range(UNROLL):
-            i = first + j
-            t = tl.cast(i, tl.int64)
-            if REVERSE:
-                t = length - 1 - t
-            m_t = m_e & (i < length)
-            b_u = wide(tl.load(p_u + i_b * u_batch + t * u_token + o_e, mask=m_t, other=0))  # [E]
-            b_dt = wide(tl.load(p_dt + i_b * dt_batch + t * dt_token + o_e, mask=m_t, other=0))  # [E]
-            m_r = m_n & (i < length)
-            b_B = wide(tl.load(p_B + i_b * B_batch + t * B_token + i_g * states + o_n, mask=m_r, other=0))  # [N]
-            if p_su is not None:
-                b_u *= scale_of(p_su, o_e, STEP_U, m_e)
-            if p_sdt is not None:
-                b_dt *= scale_of(p_sdt, o_e, STEP_DT, m_e)
-            if p_sB is not None:
-                b_B *= scale_of(p_sB, i_g * states + o_n, STEP_B, m_n)
-            b_dt = tl.where(m_t, step_size(b_dt, p_bias, o_e, m_e, SOFTPLUS), 0.0)
-            b_x = b_dt[None, :] * b_A
-            b_a = exp2_polynomial(b_x) if POLYNOMIAL and j == 0 else tl.exp2(b_x)
-            if p_resets is not None:
-                goes_on = 1.0 - tl.load(p_resets + i_b * length + t, mask=i < length, other=0).to(tl.float32)
-                b_a *= goes_on
-                alive *= goes_on
-            if EVERY and i % EVERY == 0:
-                o_k = (i_b * tl.cdiv(length, EVERY) + i // EVERY) * states * channels
-                tl.store(p_kept + o_k + o_h, b_h, mask=m_h & (i < length))
-            b_h = b_a * b_h + (b_dt * b_u)[None, :] * b_B[:, None]
-            if SUMMARY:
-                b_sum += b_dt
-            else:
-                b_C = wide(tl.load(p_C + i_b * C_batch + t * C_token + i_g * states + o_n, mask=m_r, other=0))  # [N]
-                if p_sC is not None:
-                    b_C *= scale_of(p_sC, i_g * states + o_n, STEP_C, m_n)
-                b_y = tl.sum(b_h * b_C[:, None], 0)
-                if p_D is not None:
-                    b_y += b_u * tl.load(p_D + o_e, mask=m_e, other=0.0)
-                if p_z is not None:
-                    b_z = wide(tl.load(p_z + i_b * z_batch + t * z_token + o_e, mask=m_t, other=0))  # [E]
-                    if p_sz is not None:
-                        b_z *= scale_of(p_sz, o_e, STEP_Z, m_e)
-                    b_slope = b_z
-                    if p_gate is not None:
-                        b_slope = b_z * tl.load(p_gate + o_e, mask=m_e, other=0.0)
-                    b_y *= b_z * sigmoid(b_slope)
-                tl.store(p_y + (i_b * length + t) * channels + o_e, narrow(b_y, p_y), mask=m_t)
+    for i in range(begin, min(begin + chunk, length), AT_ONCE):
+        u0, d0, z0, B0, C0, on0 = _token(
+            p_u, p_dt, p_z, p_B, p_C,
+            p_resets, True, o_e, m_e, o_n, m_n, SUMMARY)
+        if AT_ONCE == 4:
+            u1, d1, z1, B1, C1, on1 = _token(
+                p_u + u_step, p_dt + dt_step, ahead(p_z, z_step), p_B + B_step, p_C + C_step,
+                ahead(p_resets, onward), i + 1 < length, o_e, m_e, o_n, m_n, SUMMARY)
+            u2, d2, z2, B2, C2, on2 = _token(
+                p_u + 2 * u_step, p_dt + 2 * dt_step, ahead(p_z, 2 * z_step), p_B + 2 * B_step, p_C + 2 * C_step,
+                ahead(p_resets, 2 * onward), i + 2 < length, o_e, m_e, o_n, m_n, SUMMARY)
+            u3, d3, z3, B3, C3, on3 = _token(
+                p_u + 3 * u_step, p_dt + 3 * dt_step, ahead(p_z, 3 * z_step), p_B + 3 * B_step, p_C + 3 * C_step,
+                ahead(p_resets, 3 * onward), i + 3 < length, o_e, m_e, o_n, m_n, SUMMARY)
+        if EVERY and i % EVERY == 0:
+            o_k = (i_b * tl.cdiv(length, EVERY) + i // EVERY) * states * channels
+            tl.store(p_kept + o_k + o_h, b_h, mask=m_h)
+        b_h, dt0, y0 = _advance(
+            b_h, True, u0, d0, z0, B0, C0, on0, b_A, b_bias, b_D, b_gate, b_su, b_sdt,
+            b_sz, b_sB, b_sC, m_e, p_z, p_resets, SOFTPLUS, SUMMARY, POLYNOMIAL, SCALED)
+        b_sum += dt0
+        alive *= on0
+        if AT_ONCE == 4:
+            b_h, dt1, y1 = _advance(
+                b_h, i + 1 < length, u1, d1, z1, B1, C1, on1, b_A, b_bias, b_D, b_gate, b_su, b_sdt,
+                b_sz, b_sB, b_sC, m_e, p_z, p_resets, SOFTPLUS, SUMMARY, False, SCALED)
+            b_h, dt2, y2 = _advance(
+                b_h, i + 2 < length, u2, d2, z2, B2, C2, on2, b_A, b_bias, b_D, b_gate, b_su, b_sdt,
+                b_sz, b_sB, b_sC, m_e, p_z, p_resets, SOFTPLUS, SUMMARY, False, SCALED)
+            b_h, dt3, y3 = _advance(
+                b_h, i + 3 < length, u3, d3, z3, B3, C3, on3, b_A, b_bias, b_D, b_gate, b_su, b_sdt,
+                b_sz, b_sB, b_sC, m_e, p_z, p_resets, SOFTPLUS, SUMMARY, False, SCALED)
+            b_sum += dt1 + dt2 + dt3
+            alive *= on1 * on2 * on3
+        if not SUMMARY:
+            tl.store(p_y + o_e, narrow(y0, p_y), mask=m_e)
+            if AT_ONCE == 4:
+                tl.store(p_y + y_step + o_e, narrow(y1, p_y), mask=m_e & (i + 1 < length))
+                tl.store(p_y + 2 * y_step + o_e, narrow(y2, p_y), mask=m_e & (i + 2 < length))
+                tl.store(p_y + 3 * y_step + o_e, narrow(y3, p_y), mask=m_e & (i + 3 < length))
+        p_u += AT_ONCE * u_step
+        p_dt += AT_ONCE * dt_step
+        p_B += AT_ONCE * B_step
+        p_C += AT_ONCE * C_step
+        p_y += AT_ONCE * y_step
+        if p_z is not None:
+            p_z += AT_ONCE * z_step
+        if p_resets is not None:
+            p_resets += AT_ONCE * onward
     if SUMMARY:
         tl.store(p_final + i_bc * states * channels + o_h, b_h, mask=m_h)
         tl.store(p_decay + i_bc * states * channels + o_h, tl.exp2(b_sum[None, :] * b_A) * alive, mask=m_h)

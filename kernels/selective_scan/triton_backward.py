@@ -30,12 +30,14 @@ from mambacompress.kernels.selective_scan.cpu import input_scales
 from mambacompress.kernels.selective_scan.triton import (
     EVERY,
     _outputs,
+    ahead,
     carry_kernel,
     channels_of,
     run_forward,
     states_last,
+    vector_of,
 )
-from mambacompress.kernels.tile_math import LOG2E, narrow, sigmoid, softplus, wide
+from mambacompress.kernels.tile_math import LN2, LOG2E, narrow, sigmoid, softplus, wide
 
 TILE = 512  # states of a program: one warp, 16 a thread
 SHORTEST_CHUNK = 2 * EVERY
@@ -44,17 +46,42 @@ CARRIED = 256  # states of a program that carries gradients from chunk to chunk
 
 
 @triton.jit
-def _dt_and_decay(p_dt, p_bias, p_resets, o_r, m_r, o_dt, o_e, m_e, m_t, b_A, SOFTPLUS: tl.constexpr):
-    """dt before and after softplus [E], and exp(dt A), zero where the state restarts, [N, E]."""
-    b_pre = wide(tl.load(p_dt + o_dt, mask=m_t, other=0.0))
-    if p_bias is not None:
-        b_pre += tl.load(p_bias + o_e, mask=m_e, other=0.0)
-    b_dt = softplus(b_pre) if SOFTPLUS else b_pre
-    b_dt = tl.where(m_t, b_dt, 0.0)
-    b_a = tl.exp2(b_dt[None, :] * (b_A * LOG2E))
+def _brings(i, inside, p_u, p_dt, p_B, p_C, p_dy, p_z, p_resets, o_e, m_e, o_n, m_n, length, channels, u_token,
+            dt_token, B_token, C_token, z_token, REVERSE: tl.constexpr):
+    """What token i brings, as it lies in memory: u, dt, dy, z [E], B, C [N], whether the state goes on into it; of
+    what has no pointer another of them.
+    """
+    t = tl.cast(i, tl.int64)
+    if REVERSE:
+        t = length - 1 - t
+    m_t, m_r = m_e & inside, m_n & inside
+    b_dt = tl.load(p_dt + t * dt_token + o_e, mask=m_t, other=0.0)
+    b_u, b_dy, b_z = b_dt, b_dt, b_dt
+    if p_u is not None:
+        b_u = tl.load(p_u + t * u_token + o_e, mask=m_t, other=0.0)
+    if p_dy is not None:
+        b_dy = tl.load(p_dy + t * channels + o_e, mask=m_t, other=0.0)
+    if p_z is not None:
+        b_z = tl.load(p_z + t * z_token + o_e, mask=m_t, other=0.0)
+    b_B = tl.zeros(o_n.shape, tl.float32)
+    b_C = b_B
+    if p_B is not None:
+        b_B = wide(tl.load(p_B + t * B_token + o_n, mask=m_r, other=0.0))
+    if p_C is not None:
+        b_C = wide(tl.load(p_C + t * C_token + o_n, mask=m_r, other=0.0))
+    goes_on = 1.0
     if p_resets is not None:
-        b_a *= 1.0 - tl.load(p_resets + o_r, mask=m_r, other=0).to(tl.float32)
-    return b_pre, b_dt, b_a
+        goes_on = 1.0 - tl.load(p_resets + t, mask=inside, other=0).to(tl.float32)
+    return b_u, b_dt, b_dy, b_z, b_B, b_C, goes_on
+
+
+@triton.jit
+def _dt_and_decay(b_dt, goes_on, inside, b_bias, m_e, b_A, SOFTPLUS: tl.constexpr):
+    """dt before and after softplus [E], and exp(dt A), zero where the state restarts, [N, E]; A: times log2(e)."""
+    b_pre = wide(b_dt) + b_bias
+    b_dt = softplus(b_pre) if SOFTPLUS else b_pre
+    b_dt = tl.where(m_e & inside, b_dt, 0.0)
+    return b_pre, b_dt, tl.exp2(b_dt[None, :] * b_A) * goes_on
 
 
 @triton.jit(do_not_specialize=["one"])
@@ -63,35 +90,43 @@ def _handed_kernel(
     dt_batch, dt_token, C_batch, C_token, z_batch, z_token, one, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):
-    """What a chunk hands to the one before it, [N, E], by a gradient of zero from the one behind; its decay."""
+    """What a chunk hands to the one before it, [N, E], given a gradient of zero by the one behind; its decay."""
     i_b, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1)  # chunks from the end
     i_g, o_e, m_e = channels_of(tl.program_id(0), per_group, BLOCK_E)
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < states
     m_h = m_n[:, None] & m_e[None, :]
     o_h = (i_b * tl.num_programs(1) + i_c) * states * channels + o_n[:, None] * channels + o_e[None, :] * one  # [N, E]
-    b_A = tl.load(p_A + o_e[None, :] * states + o_n[:, None] * one, mask=m_h, other=0.0)  # [N, E]
+    b_A = tl.load(p_A + o_e[None, :] * states + o_n[:, None] * one, mask=m_h, other=0.0) * LOG2E  # [N, E]
+    b_bias, b_gate = vector_of(p_bias, o_e, m_e, 0.0), vector_of(p_gate, o_e, m_e, 1.0)
+    p_dt += i_b * dt_batch
+    p_C += i_b * C_batch + i_g * states
+    p_dy += i_b * length * channels
+    p_z = ahead(p_z, i_b * z_batch)
+    p_resets = ahead(p_resets, i_b * length)
     b_dh = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-    b_decay = tl.full([BLOCK_N, BLOCK_E], 1.0, tl.float32)
+    b_sum = tl.zeros([BLOCK_E], tl.float32)  # of dt
+    alive = 1.0
     begin = (tl.num_programs(1) - 1 - i_c) * chunk
-    for back in range(0, chunk):
-        i = begin + chunk - 1 - back
-        t = tl.cast(i, tl.int64)
-        if REVERSE:
-            t = length - 1 - t
-        m_t = m_e & (i < length)
-        _, _, b_a = _dt_and_decay(p_dt, p_bias, p_resets, i_b * length + t, i < length,
-                                  i_b * dt_batch + t * dt_token + o_e, o_e, m_e, m_t, b_A, SOFTPLUS)
-        b_C = wide(tl.load(p_C + i_b * C_batch + t * C_token + i_g * states + o_n, mask=m_n & (i < length), other=0.0))
-        b_dy = wide(tl.load(p_dy + (i_b * length + t) * channels + o_e, mask=m_t, other=0.0))  # [E]
+    last = min(begin + chunk, length) - 1
+    next_u, next_dt, next_dy, next_z, next_B, next_C, next_on = _brings(
+        last, last >= begin, None, p_dt, None, p_C, p_dy, p_z, p_resets, o_e, m_e, o_n, m_n, length, channels, 0,
+        dt_token, 0, C_token, z_token, REVERSE)
+    for back in range(0, last + 1 - begin):
+        b_dt, b_dy, b_z, b_C, goes_on = next_dt, next_dy, next_z, next_C, next_on
+        i = last - 1 - back
+        next_u, next_dt, next_dy, next_z, next_B, next_C, next_on = _brings(  # noqa: RUF059
+            i, i >= begin, None, p_dt, None, p_C, p_dy, p_z, p_resets, o_e, m_e, o_n, m_n, length, channels, 0,
+            dt_token, 0, C_token, z_token, REVERSE)
+        _, b_dt, b_a = _dt_and_decay(b_dt, goes_on, True, b_bias, m_e, b_A, SOFTPLUS)
+        b_dy = wide(b_dy)
         if p_z is not None:
-            b_z = wide(tl.load(p_z + i_b * z_batch + t * z_token + o_e, mask=m_t, other=0.0))  # [E]
-            b_slope = b_z
-            if p_gate is not None:
-                b_slope = b_z * tl.load(p_gate + o_e, mask=m_e, other=0.0)
-            b_dy = b_dy * b_z * sigmoid(b_slope)
+            b_z = wide(b_z)
+            b_dy = b_dy * b_z * sigmoid(b_z * b_gate)
         b_dh = b_a * (b_dh + b_C[:, None] * b_dy[None, :])
-        b_decay *= b_a
+        b_sum += b_dt
+        alive *= goes_on
+    b_decay = tl.exp2(b_sum[None, :] * b_A) * alive
     tl.store(p_local + o_h, b_dh, mask=m_h)
     tl.store(p_decay + o_h, b_decay, mask=m_h)
 
@@ -116,10 +151,16 @@ def _backward_kernel(
     o_rows = (((tl.program_id(0) % blocks) * tl.num_programs(2) + i_b) * length * groups + i_g) * states + o_n  # [N]
     p_mine = (p_scratch + (i_bc * tl.num_programs(0) + tl.program_id(0)) * EVERY * BLOCK_N * BLOCK_E
               + o_n[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :] * one)  # [N, E]
-    b_A = tl.load(p_A + o_e[None, :] * states + o_n[:, None] * one, mask=m_h, other=0.0)  # [N, E]
-    b_D = tl.zeros([BLOCK_E], tl.float32)
-    if p_D is not None:
-        b_D = tl.load(p_D + o_e, mask=m_e, other=0.0)
+    b_A = tl.load(p_A + o_e[None, :] * states + o_n[:, None] * one, mask=m_h, other=0.0) * LOG2E  # [N, E]
+    b_bias, b_D = vector_of(p_bias, o_e, m_e, 0.0), vector_of(p_D, o_e, m_e, 0.0)
+    b_scale = vector_of(p_gate, o_e, m_e, 1.0)
+    p_u += i_b * u_batch
+    p_dt += i_b * dt_batch
+    p_B += i_b * B_batch + i_g * states
+    p_C += i_b * C_batch + i_g * states
+    p_dy += i_b * length * channels
+    p_z = ahead(p_z, i_b * z_batch)
+    p_resets = ahead(p_resets, i_b * length)
     b_dh = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     if p_dnext is not None:
         b_dh = tl.load(p_dnext + i_b * f_batch + i_c * f_chunk + o_e[None, :] * f_channel + o_n[:, None] * f_state,
@@ -134,20 +175,24 @@ def _backward_kernel(
         first = begin + (tiles - 1 - back) * EVERY
         o_kept = (i_b * tl.cdiv(length, EVERY) + first // EVERY) * states * channels
         b_h = tl.load(p_kept + o_kept + o_h, mask=m_h, other=0.0)
+        next_u, next_dt, next_dy, next_z, next_B, next_C, next_on = _brings(
+            first, first < length, p_u, p_dt, p_B, None, None, None, p_resets, o_e, m_e, o_n, m_n, length, channels,
+            u_token, dt_token, B_token, 0, 0, REVERSE)
         for j in range(0, EVERY):
             i = first + j
-            t = tl.cast(i, tl.int64)
-            if REVERSE:
-                t = length - 1 - t
-            m_t = m_e & (i < length)
+            b_u, b_dt, b_B, goes_on = wide(next_u), next_dt, next_B, next_on
+            next_u, next_dt, next_dy, next_z, next_B, next_C, next_on = _brings(
+                i + 1, i + 1 < length, p_u, p_dt, p_B, None, None, None, p_resets, o_e, m_e, o_n, m_n, length, channels,
+                u_token, dt_token, B_token, 0, 0, REVERSE)
             tl.store(p_mine + j * BLOCK_N * BLOCK_E, b_h)
-            _, b_dt, b_a = _dt_and_decay(p_dt, p_bias, p_resets, i_b * length + t, i < length,
-                                         i_b * dt_batch + t * dt_token + o_e, o_e, m_e, m_t, b_A, SOFTPLUS)
-            b_u = wide(tl.load(p_u + i_b * u_batch + t * u_token + o_e, mask=m_t, other=0.0))
-            b_B = wide(tl.load(p_B + i_b * B_batch + t * B_token + i_g * states + o_n, mask=m_n & (i < length),
-                               other=0.0))
+            _, b_dt, b_a = _dt_and_decay(b_dt, goes_on, i < length, b_bias, m_e, b_A, SOFTPLUS)
             b_h = b_a * b_h + (b_dt * b_u)[None, :] * b_B[:, None]
         tl.debug_barrier()
+        last = first + EVERY - 1
+        next_u, next_dt, next_dy, next_z, next_B, next_C, next_on = _brings(
+            last, last < length, p_u, p_dt, p_B, p_C, p_dy, p_z, p_resets, o_e, m_e, o_n, m_n, length, channels,
+            u_token, dt_token, B_token, C_token, z_token, REVERSE)
+        next_before = tl.load(p_mine + (EVERY - 1) * BLOCK_N * BLOCK_E)
         for k in range(0, EVERY):
             j = EVERY - 1 - k
             i = first + j
@@ -156,20 +201,18 @@ def _backward_kernel(
                 t = length - 1 - t
             m_t = m_e & (i < length)
             m_r = m_n & (i < length)
-            b_before = tl.load(p_mine + j * BLOCK_N * BLOCK_E)  # [N, E]
-            b_pre, b_dt, b_a = _dt_and_decay(p_dt, p_bias, p_resets, i_b * length + t, i < length,
-                                             i_b * dt_batch + t * dt_token + o_e, o_e, m_e, m_t, b_A, SOFTPLUS)
-            b_u = wide(tl.load(p_u + i_b * u_batch + t * u_token + o_e, mask=m_t, other=0.0))  # [E]
-            b_B = wide(tl.load(p_B + i_b * B_batch + t * B_token + i_g * states + o_n, mask=m_r, other=0.0))  # [N]
-            b_C = wide(tl.load(p_C + i_b * C_batch + t * C_token + i_g * states + o_n, mask=m_r, other=0.0))  # [N]
+            b_before = next_before  # [N, E]
+            b_u, b_dt, b_dy, b_z = wide(next_u), next_dt, wide(next_dy), wide(next_z)
+            b_B, b_C, goes_on = next_B, next_C, next_on
+            if j > 0:
+                next_before = tl.load(p_mine + (j - 1) * BLOCK_N * BLOCK_E)
+            next_u, next_dt, next_dy, next_z, next_B, next_C, next_on = _brings(
+                i - 1, (j > 0) & (i - 1 < length), p_u, p_dt, p_B, p_C, p_dy, p_z, p_resets, o_e, m_e, o_n, m_n, length,
+                channels, u_token, dt_token, B_token, C_token, z_token, REVERSE)
+            b_pre, b_dt, b_a = _dt_and_decay(b_dt, goes_on, i < length, b_bias, m_e, b_A, SOFTPLUS)
             b_h = b_a * b_before + (b_dt * b_u)[None, :] * b_B[:, None]
             o_out = (i_b * length + t) * channels + o_e
-            b_dy = wide(tl.load(p_dy + o_out, mask=m_t, other=0.0))  # [E]
             if p_z is not None:
-                b_z = wide(tl.load(p_z + i_b * z_batch + t * z_token + o_e, mask=m_t, other=0.0))  # [E]
-                b_scale = tl.full([BLOCK_E], 1.0, tl.float32)
-                if p_gate is not None:
-                    b_scale = tl.load(p_gate + o_e, mask=m_e, other=0.0)
                 b_sigma = sigmoid(b_z * b_scale)
                 b_slope = b_sigma * (1.0 - b_sigma) * b_z
                 b_dgated = b_dy * (tl.sum(b_h * b_C[:, None], 0) + b_D * b_u)
@@ -184,7 +227,7 @@ def _backward_kernel(
             tl.store(p_du + o_out, narrow(b_from_input * b_dt + b_dy * b_D, p_du), mask=m_t)
             b_decayed = b_dh * b_a
             b_slow = b_decayed * b_before
-            b_ddt = tl.sum(b_slow * b_A, 0) + b_from_input * b_u
+            b_ddt = tl.sum(b_slow * b_A, 0) * LN2 + b_from_input * b_u
             if SOFTPLUS:
                 b_ddt = b_ddt * sigmoid(b_pre)
             b_ddt = tl.where(m_t, b_ddt, 0.0)

@@ -22,7 +22,7 @@ from torch import Tensor
 from mambacompress.kernels import gpu, native
 from mambacompress.kernels.int8_state import Int8State, states_first
 from mambacompress.kernels.selective_scan.cpu import input_scales
-from mambacompress.kernels.selective_scan.triton import channels_of, scale_of, step_size
+from mambacompress.kernels.selective_scan.triton import channels_of, scale_of, vector_of
 from mambacompress.kernels.tile_math import (
     LOG2E,
     dither,
@@ -30,6 +30,7 @@ from mambacompress.kernels.tile_math import (
     int8_state_scale,
     narrow,
     sigmoid,
+    softplus,
     wide,
 )
 
@@ -56,27 +57,17 @@ def _update_kernel(
     b_dt = wide(tl.load(p_dt + i_b * dt_batch + o_e, mask=m_e, other=0))  # [E]
     b_B = wide(tl.load(p_B + i_b * B_batch + i_g * states + o_n, mask=m_n, other=0))  # [N]
     b_C = wide(tl.load(p_C + i_b * C_batch + i_g * states + o_n, mask=m_n, other=0))  # [N]
-    if p_su is not None:
-        b_u *= scale_of(p_su, o_e, STEP_U, m_e)
-    if p_sdt is not None:
-        b_dt *= scale_of(p_sdt, o_e, STEP_DT, m_e)
-    if p_sB is not None:
-        b_B *= scale_of(p_sB, i_g * states + o_n, STEP_B, m_n)
-    if p_sC is not None:
-        b_C *= scale_of(p_sC, i_g * states + o_n, STEP_C, m_n)
-    b_dt = step_size(b_dt, p_bias, o_e, m_e, SOFTPLUS)
+    b_u *= scale_of(p_su, o_e, STEP_U, m_e)
+    b_dt = b_dt * scale_of(p_sdt, o_e, STEP_DT, m_e) + vector_of(p_bias, o_e, m_e, 0.0)
+    b_B *= scale_of(p_sB, i_g * states + o_n, STEP_B, m_n)
+    b_C *= scale_of(p_sC, i_g * states + o_n, STEP_C, m_n)
+    if SOFTPLUS:
+        b_dt = softplus(b_dt)
     b_h = tl.exp2(b_dt[None, :] * b_A) * b_h + (b_dt * b_u)[None, :] * b_B[:, None]
-    b_y = tl.sum(b_h * b_C[:, None], 0)  # [E]
-    if p_D is not None:
-        b_y += b_u * tl.load(p_D + o_e, mask=m_e, other=0.0)
+    b_y = tl.sum(b_h * b_C[:, None], 0) + b_u * vector_of(p_D, o_e, m_e, 0.0)  # [E]
     if p_z is not None:
-        b_z = wide(tl.load(p_z + i_b * z_batch + o_e, mask=m_e, other=0))  # [E]
-        if p_sz is not None:
-            b_z *= scale_of(p_sz, o_e, STEP_Z, m_e)
-        b_slope = b_z
-        if p_gate is not None:
-            b_slope = b_z * tl.load(p_gate + o_e, mask=m_e, other=0.0)
-        b_y *= b_z * sigmoid(b_slope)
+        b_z = wide(tl.load(p_z + i_b * z_batch + o_e, mask=m_e, other=0)) * scale_of(p_sz, o_e, STEP_Z, m_e)  # [E]
+        b_y *= b_z * sigmoid(b_z * vector_of(p_gate, o_e, m_e, 1.0))
     tl.store(p_y + i_b * channels + o_e, narrow(b_y, p_y), mask=m_e)
     b_h = tl.where(m_h, b_h, 0.0)
     b_scale = int8_state_scale(b_h, 0)

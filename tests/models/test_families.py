@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import sys
 from typing import Any
 
 import pytest
@@ -275,3 +278,26 @@ def test_recording_the_past_is_refused(tiny_mamba: Any) -> None:
         cache.layers[0].activate_past_recording()
         with pytest.raises(UserError, match="cannot roll back"):
             tiny_mamba(ids(1, 1), cache_params=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_proof_does_not_call_installed_extensions(make_host: Any, kind: str,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers calls mamba_ssm and causal_conv1d where they are installed; they have kernels for CUDA alone."""
+    host = make_host(kind)
+    stock = sys.modules[type(host.backbone.layers[0].mixer).__module__]
+
+    def extension(name: str) -> Any:
+        @functools.wraps(getattr(stock, name).__wrapped__)
+        def refuses(*_: Any, **__: Any) -> Any:
+            raise RuntimeError(f"{name}: expected a CUDA tensor")
+        return refuses
+
+    names = [name for name, value in vars(stock).items() if inspect.isfunction(value)
+             and hasattr(value, "__wrapped__") and ("conv1d" in name or "scan" in name)]
+    assert len(names) >= 3
+    for name in names:
+        monkeypatch.setattr(stock, name, extension(name))
+    adopt(host)
+    with pytest.raises(RuntimeError, match="expected a CUDA tensor"):
+        getattr(stock, names[0])()
