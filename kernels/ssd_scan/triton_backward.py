@@ -50,6 +50,21 @@ def _rows(p, row, o_r, o_c, m_r, m_c, BF16: tl.constexpr):
 
 
 @triton.jit
+def _overlaps(p_x, x_token, p_dy, dy_token, m_t, head_dim, BF16: tl.constexpr, PRECISION: tl.constexpr,
+              Q: tl.constexpr, BLOCK_P: tl.constexpr):
+    """x_j . dy_i [Qj, Qi], a part of their channels at a time."""
+    PART: tl.constexpr = min(32, BLOCK_P)
+    o_q = tl.arange(0, Q)
+    b_z = tl.zeros([Q, Q], tl.float32)
+    for first in range(0, head_dim, PART):
+        o_p = first + tl.arange(0, PART)
+        b_x = _rows(p_x, x_token, o_q, o_p, m_t, o_p < head_dim, BF16)  # [Q, P]
+        b_dy = _rows(p_dy, dy_token, o_q, o_p, m_t, o_p < head_dim, BF16)  # [Q, P]
+        b_z = tl.dot(b_x, tl.trans(b_dy), b_z, input_precision=PRECISION)
+    return b_z
+
+
+@triton.jit
 def _chunk_decays(p_ids, b_da, i_b, i_c, o_t, length, Q: tl.constexpr):
     """Of a chunk: exp(s_i - s_j) [Qj, Qi], from the start to every token [Q], from every token to the end [Q], and from
     start to end; zero where the state restarts between."""
@@ -95,8 +110,7 @@ def _input_kernel(
         b_h = _rows(p_start, 1, o_n, o_p * states, o_n < states, m_p, BF16)  # [N, P]
         b_C = _rows(p_C, C_token, o_q, o_n, m_t, o_n < states, BF16)  # [Q, N]
         b_read = tl.dot(b_C, b_h, b_read, input_precision=PRECISION)
-    b_dy = _rows(p_dy, dy_token, o_q, o_p, m_t, m_p, BF16)  # [Q, P]
-    b_read_dy = tl.sum(wide(b_dy) * b_read, 1)  # [Q]
+    b_read_dy = tl.sum(wide(_rows(p_dy, dy_token, o_q, o_p, m_t, m_p, BF16)) * b_read, 1)  # [Q]
     b_pairs = tl.zeros([Q, Q], tl.float32)  # B_j . C_i
     b_dr = tl.zeros([Q, BLOCK_P], tl.float32)  # of dt x, the state's share
     b_kept = tl.zeros([BLOCK_P], tl.float32)
@@ -110,11 +124,11 @@ def _input_kernel(
         b_dh = tl.load(p_dend + o_h, mask=m_h, other=0.0)  # [N, P]
         b_kept += tl.sum(tl.load(p_start + o_h, mask=m_h, other=0.0) * b_dh, 0)
         b_dr = tl.dot(b_B, factor(b_dh, BF16), b_dr, input_precision=PRECISION)
-    b_x = _rows(p_x, x_token, o_q, o_p, m_t, m_p, BF16)  # [Q, P]
-    b_z = tl.dot(b_x, tl.trans(b_dy), input_precision=PRECISION)  # [Qj, Qi]
+    b_z = _overlaps(p_x, x_token, p_dy, dy_token, m_t, head_dim, BF16, PRECISION, Q, BLOCK_P)
     b_dt = steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
     decay = tl.load(p_A + i_h)
     b_decays, b_from_start, b_to_end, through = _chunk_decays(p_ids, b_dt * decay * LOG2E, i_b, i_c, o_t, length, Q)
+    b_x = _rows(p_x, x_token, o_q, o_p, m_t, m_p, BF16)  # [Q, P]
     b_dr *= b_to_end[:, None]
     b_end = tl.sum(wide(b_x) * b_dr, 1) * b_dt  # what the state at the end reads of every token
     b_ds = b_read_dy * b_from_start  # what every token reads of the state at the start
@@ -122,6 +136,7 @@ def _input_kernel(
     b_z = tl.where(o_q[:, None] < o_q[None, :], b_z * b_pairs * b_dt[:, None], 0.0)
     b_ds += tl.sum(b_z, 0) - tl.sum(b_z, 1)
     b_dda = tl.cumsum(b_ds, reverse=True) + tl.cumsum(b_end) - b_end + through * tl.sum(b_kept)
+    b_dy = _rows(p_dy, dy_token, o_q, o_p, m_t, m_p, BF16)  # [Q, P]
     b_dr = tl.dot(factor(b_pairs, BF16), b_dy, b_dr, input_precision=PRECISION)
     b_ddt = tl.sum(wide(b_x) * b_dr, 1) + decay * b_dda
     b_dx = b_dr * b_dt[:, None]
@@ -160,9 +175,8 @@ def _group_kernel(
     p_dy += i_b * dy_batch + first_t * dy_token
     b_dpairs = tl.zeros([Q, Q], tl.float32)  # of B_j . C_i
     for i_h in range(i_g * per_group, (i_g + 1) * per_group):
-        b_x = _rows(p_x + i_h * head_dim, x_token, o_q, o_p, m_t, m_p, BF16)  # [Q, P]
-        b_dy = _rows(p_dy + i_h * head_dim, dy_token, o_q, o_p, m_t, m_p, BF16)  # [Q, P]
-        b_z = tl.dot(b_x, tl.trans(b_dy), input_precision=PRECISION)  # [Qj, Qi]
+        b_z = _overlaps(p_x + i_h * head_dim, x_token, p_dy + i_h * head_dim, dy_token, m_t, head_dim, BF16, PRECISION,
+                        Q, BLOCK_P)
         b_dt = steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
         b_da = b_dt * tl.load(p_A + i_h) * LOG2E
         b_decays, _, _, _ = _chunk_decays(p_ids, b_da, i_b, i_c, o_t, length, Q)
