@@ -86,8 +86,8 @@ def _chunk_decays(p_ids, b_da, i_b, i_c, o_t, length, Q: tl.constexpr):
 
 @triton.jit
 def _input_kernel(
-    p_dy, p_x, p_dt, p_A, p_B, p_C, p_D, p_bias, p_ids, p_start, p_dend, p_dx, p_ddt, p_dA, p_dD, p_dbias, length,
-    heads, head_dim, groups, states, dy_batch, dy_token, x_batch, x_token, dt_batch, dt_token, B_batch, B_token,
+    p_dy, p_x, p_dt, p_A, p_B, p_C, p_D, p_bias, p_ids, p_start, p_dend, p_dx, p_ddt, p_steps, p_dA, p_dD, p_dbias,
+    length, heads, head_dim, groups, states, dy_batch, dy_token, x_batch, x_token, dt_batch, dt_token, B_batch, B_token,
     C_batch, C_token, dt_low, dt_high, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, BF16: tl.constexpr,
     PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -126,6 +126,7 @@ def _input_kernel(
         b_dr = tl.dot(b_B, factor(b_dh, BF16), b_dr, input_precision=PRECISION)
     b_z = _overlaps(p_x, x_token, p_dy, dy_token, m_t, head_dim, BF16, PRECISION, Q, BLOCK_P)
     b_dt = steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
+    tl.store(p_steps + (i_b * length + o_t) * heads + i_h, b_dt, mask=m_t)
     decay = tl.load(p_A + i_h)
     b_decays, b_from_start, b_to_end, through = _chunk_decays(p_ids, b_dt * decay * LOG2E, i_b, i_c, o_t, length, Q)
     b_x = _rows(p_x, x_token, o_q, o_p, m_t, m_p, BF16)  # [Q, P]
@@ -160,10 +161,9 @@ def _input_kernel(
 
 @triton.jit
 def _group_kernel(
-    p_dy, p_x, p_dt, p_A, p_B, p_C, p_bias, p_ids, p_start, p_dend, p_dB, p_dC, length, heads, head_dim, groups, states,
-    dy_batch, dy_token, x_batch, x_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token, dt_low, dt_high,
-    SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_dy, p_x, p_steps, p_A, p_B, p_C, p_ids, p_start, p_dend, p_dB, p_dC, length, heads, head_dim, groups, states,
+    dy_batch, dy_token, x_batch, x_token, B_batch, B_token, C_batch, C_token, BF16: tl.constexpr,
+    PRECISION: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     i_b, i_g, i_c = tl.program_id(2).to(tl.int64) // groups, tl.program_id(2) % groups, tl.program_id(1)
     per_group, chunks = heads // groups, tl.num_programs(1)
@@ -173,11 +173,12 @@ def _group_kernel(
     m_t, m_p, m_n = o_t < length, o_p < head_dim, o_n < states
     p_x += i_b * x_batch + first_t * x_token
     p_dy += i_b * dy_batch + first_t * dy_token
+    p_steps += (i_b * length + first_t) * heads
     b_dpairs = tl.zeros([Q, Q], tl.float32)  # of B_j . C_i
     for i_h in range(i_g * per_group, (i_g + 1) * per_group):
         b_z = _overlaps(p_x + i_h * head_dim, x_token, p_dy + i_h * head_dim, dy_token, m_t, head_dim, BF16, PRECISION,
                         Q, BLOCK_P)
-        b_dt = steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
+        b_dt = tl.load(p_steps + o_q * heads + i_h, mask=m_t, other=0.0)  # [Q]
         b_da = b_dt * tl.load(p_A + i_h) * LOG2E
         b_decays, _, _, _ = _chunk_decays(p_ids, b_da, i_b, i_c, o_t, length, Q)
         b_dpairs += b_z * b_decays * b_dt[:, None]
@@ -187,7 +188,7 @@ def _group_kernel(
     b_B = _rows(p_B + i_b * B_batch + first_t * B_token + i_g * states, B_token, o_q, o_n, m_t, m_n, BF16)  # [Q, N]
     b_dC = tl.dot(tl.trans(b_factors), b_B, input_precision=PRECISION)
     for i_h in range(i_g * per_group, (i_g + 1) * per_group):
-        b_dt = steps(p_dt, p_bias, i_b, i_h, o_t, length, dt_batch, dt_token, dt_low, dt_high, SOFTPLUS, LIMITED)  # [Q]
+        b_dt = tl.load(p_steps + o_q * heads + i_h, mask=m_t, other=0.0)  # [Q]
         b_da = b_dt * tl.load(p_A + i_h) * LOG2E
         _, b_from_start, b_to_end, _ = _chunk_decays(p_ids, b_da, i_b, i_c, o_t, length, Q)
         first_h = ((i_b * chunks + i_c) * heads + i_h) * head_dim * states
@@ -218,14 +219,17 @@ def run_backward(dy: Tensor, dfinal: Tensor | None, x: Tensor, dt: Tensor, A: Te
     dends = chunk_states(dy, dt, A, C, dt_bias, dfinal, *options, dinitial, backward=True)
     dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
     dA, dD, dbias = torch.empty(3, batch, starts.shape[1], heads, device=x.device)
-    sizes = (length, heads, head_dim, groups, states, *strides(dy, x, dt, B, C), dt_low, dt_high)
+    taken = torch.empty(dt.shape, device=x.device)  # the step sizes, from the first kernel for the second
+    sizes = (length, heads, head_dim, groups, states)
     shared = constants(x, states, softplus, dt_low, dt_high) | {"num_warps": WARPS}
     block_n = shared.pop("BLOCK_N")
-    group_n = 16 if x.dtype == torch.float32 else block_n
     gpu.launch(_input_kernel, (starts.shape[1], batch * heads), dy, x, dt, A, B, C, D, dt_bias, ids, starts, dends, dx,
-               ddt, dA, dD, dbias, *sizes, BLOCK_N=min(32, block_n), **shared)
-    gpu.launch(_group_kernel, (triton.cdiv(states, group_n), starts.shape[1], batch * groups), dy, x, dt, A, B, C,
-               dt_bias, ids, starts, dends, dB, dC, *sizes, BLOCK_N=group_n, **shared)
+               ddt, taken, dA, dD, dbias, *sizes, *strides(dy, x, dt, B, C), dt_low, dt_high,
+               BLOCK_N=min(32, block_n), **shared)
+    del shared["SOFTPLUS"], shared["LIMITED"]
+    block_n = 16 if x.dtype == torch.float32 else block_n
+    gpu.launch(_group_kernel, (triton.cdiv(states, block_n), starts.shape[1], batch * groups), dy, x, taken, A, B, C,
+               ids, starts, dends, dB, dC, *sizes, *strides(dy, x, B, C), BLOCK_N=block_n, **shared)
     nothing = [torch.empty(0, device=x.device) for _ in range(3)]
     return (dx, ddt, dA.sum((0, 1)), dB, dC, nothing[0] if D is None else dD.sum((0, 1)),
             nothing[1] if dt_bias is None else dbias.sum((0, 1)), nothing[2] if initial is None else dinitial)
