@@ -169,34 +169,38 @@ def _group_kernel(
     per_group, chunks = heads // groups, tl.num_programs(1)
     o_q, o_p, o_n = tl.arange(0, Q), tl.arange(0, BLOCK_P), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first_t = i_c.to(tl.int64) * Q
-    o_t = first_t + o_q
-    m_t, m_p, m_n = o_t < length, o_p < head_dim, o_n < states
+    m_t, m_p, m_n = first_t + o_q < length, o_p < head_dim, o_n < states
     p_x += i_b * x_batch + first_t * x_token
     p_dy += i_b * dy_batch + first_t * dy_token
     p_steps += (i_b * length + first_t) * heads
+    p_B += i_b * B_batch + first_t * B_token + i_g * states
+    p_C += i_b * C_batch + first_t * C_token + i_g * states
+    first_h = (i_b * chunks + i_c) * heads * head_dim * states
+    p_start += first_h
+    p_dend += first_h
     b_dpairs = tl.zeros([Q, Q], tl.float32)  # of B_j . C_i
     for i_h in range(i_g * per_group, (i_g + 1) * per_group):
         b_z = _overlaps(p_x + i_h * head_dim, x_token, p_dy + i_h * head_dim, dy_token, m_t, head_dim, BF16, PRECISION,
                         Q, BLOCK_P)
         b_dt = tl.load(p_steps + o_q * heads + i_h, mask=m_t, other=0.0)  # [Q]
         b_da = b_dt * tl.load(p_A + i_h) * LOG2E
-        b_decays, _, _, _ = _chunk_decays(p_ids, b_da, i_b, i_c, o_t, length, Q)
+        b_decays, _, _, _ = _chunk_decays(p_ids, b_da, i_b, i_c, first_t + o_q, length, Q)
         b_dpairs += b_z * b_decays * b_dt[:, None]
     b_factors = factor(b_dpairs, BF16)
-    b_C = _rows(p_C + i_b * C_batch + first_t * C_token + i_g * states, C_token, o_q, o_n, m_t, m_n, BF16)  # [Q, N]
+    b_C = _rows(p_C, C_token, o_q, o_n, m_t, m_n, BF16)  # [Q, N]
     b_dB = tl.dot(b_factors, b_C, input_precision=PRECISION)
-    b_B = _rows(p_B + i_b * B_batch + first_t * B_token + i_g * states, B_token, o_q, o_n, m_t, m_n, BF16)  # [Q, N]
+    b_B = _rows(p_B, B_token, o_q, o_n, m_t, m_n, BF16)  # [Q, N]
     b_dC = tl.dot(tl.trans(b_factors), b_B, input_precision=PRECISION)
     for i_h in range(i_g * per_group, (i_g + 1) * per_group):
         b_dt = tl.load(p_steps + o_q * heads + i_h, mask=m_t, other=0.0)  # [Q]
         b_da = b_dt * tl.load(p_A + i_h) * LOG2E
-        _, b_from_start, b_to_end, _ = _chunk_decays(p_ids, b_da, i_b, i_c, o_t, length, Q)
-        first_h = ((i_b * chunks + i_c) * heads + i_h) * head_dim * states
+        _, b_from_start, b_to_end, _ = _chunk_decays(p_ids, b_da, i_b, i_c, first_t + o_q, length, Q)
+        o_h = i_h * head_dim * states
         b_x = wide(_rows(p_x + i_h * head_dim, x_token, o_q, o_p, m_t, m_p, BF16)) * (b_dt * b_to_end)[:, None]
-        b_dh = _rows(p_dend + first_h, states, o_p, o_n, m_p, m_n, BF16)  # [P, N]
+        b_dh = _rows(p_dend + o_h, states, o_p, o_n, m_p, m_n, BF16)  # [P, N]
         b_dB = tl.dot(factor(b_x, BF16), b_dh, b_dB, input_precision=PRECISION)
         b_dy = wide(_rows(p_dy + i_h * head_dim, dy_token, o_q, o_p, m_t, m_p, BF16)) * b_from_start[:, None]
-        b_h = _rows(p_start + first_h, states, o_p, o_n, m_p, m_n, BF16)  # [P, N]
+        b_h = _rows(p_start + o_h, states, o_p, o_n, m_p, m_n, BF16)  # [P, N]
         b_dC = tl.dot(factor(b_dy, BF16), b_h, b_dC, input_precision=PRECISION)
     first_out = ((i_b * length + first_t) * groups + i_g) * states
     o_out, m_out = first_out + o_q[:, None] * (groups * states) + o_n[None, :], m_t[:, None] & m_n[None, :]
