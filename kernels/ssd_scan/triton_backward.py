@@ -11,7 +11,7 @@ what cancels does so to fp32; what reads the state at the start goes to the dt A
 to those after. Factors of products are those of the forward.
 
 Roofline, per token and head at P = 64, N = 128, Q = 64: 140 k operations (the forward's 57 k), 6 passes over x or dy,
-and over states and their gradients, 4 P N / Q = 0.5 kB each, 5 passes (made, carried, read twice). bf16 [8, 2048], 24
+over states and their gradients, 4 P N / Q = 0.5 kB each, 5 passes (made, carried, read twice). bf16 [8, 2048], 24
 heads: 55 Gop, 56 us on an H100; 2.3 GB, 0.7 ms at 3.35 TB/s: memory is the bound, and the states are most of it.
 
 Legend: B batch, L tokens, H heads, P head_dim, G groups, N d_state, Q tokens of a chunk; i reads, j is read.
