@@ -140,6 +140,25 @@ def _ssd(sizes: Sizes, batch: int, peers: dict[str, Any]) -> Callable[[torch.dev
     return make
 
 
+def _training_ssd(sizes: Sizes, batch: int) -> Callable[[torch.device], Case]:
+    def make(device: torch.device) -> Case:
+        inputs, H, P, N, L = Inputs(device, torch.bfloat16), sizes.heads, sizes.head_dim, sizes.ssd_states, sizes.length
+        x, dt = inputs.normal(batch, L, H, P).requires_grad_(), inputs.normal(batch, L, H).requires_grad_()
+        B, C = (inputs.normal(batch, L, 1, N).requires_grad_() for _ in range(2))
+        A = (-inputs.normal(H, dtype=torch.float32).exp()).requires_grad_()
+        dy = inputs.normal(batch, L, H, P)
+
+        def run() -> Any:
+            with torch.enable_grad():
+                y, _ = ssd_scan(x, dt, A, B, C)
+                return torch.autograd.grad(y, (x, dt, A, B, C), dy)
+
+        return Case(run, 3 * size_of(x, dt, B, C) + 2 * size_of(dy),
+                    batch * L * H * (14.0 * P * N + 128.0 * (2 * N + 4 * P)), tolerance=1e-2)
+
+    return make
+
+
 def _conv(sizes: Sizes, batch: int, peers: dict[str, Any]) -> Callable[[torch.device], Case]:
     def make(device: torch.device) -> Case:
         inputs = Inputs(device)
@@ -244,6 +263,8 @@ def cases(sizes: Sizes, peers: dict[str, Any]) -> dict[str, Callable[[torch.devi
     last = sizes.batches[-1]
     found[f"selective_scan bf16, forward and backward [{last}, {sizes.length}, {sizes.channels}]"] = _training_scan(
         sizes, last)
+    found[f"ssd_scan bf16, forward and backward [{last}, {sizes.length}, {sizes.heads}, {sizes.head_dim}]"] = (
+        _training_ssd(sizes, last))
     for kind in ("w8a8", "w8a16", "w4a8", "w4a16", "2:4 w8a8", "2:4 fp16"):
         for rows in sizes.rows:
             found[f"{kind} [{rows}, {sizes.width}] -> {2 * sizes.channels}"] = _linear(kind, sizes, rows)
