@@ -49,7 +49,8 @@ def quantize_rows(x: Tensor, mode: str, bits: int = 8, scale: Tensor | None = No
     qmax = qmax_of(bits)
     x = x.to(wide_dtype(x))
     if mode == "token":
-        scale = (x.abs().amax(-1, keepdim=True) / qmax).clamp(min=SMALLEST_SCALE)
+        largest = x.abs().amax(-1, keepdim=True)
+        scale = (largest / torch.full_like(largest, qmax)).clamp(min=SMALLEST_SCALE)  # / qmax: on CUDA times 1 / qmax
     elif mode == "tensor":
         if scale is None:
             raise ValueError("activation='tensor' needs act_scale, the static scale of the input")

@@ -1,14 +1,15 @@
 """The selective scan on a GPU, forward: a thread a channel, its states in registers, no words between threads.
 
 A program holds a tile of states [N, E]: neighbouring threads are neighbouring channels, so that u, dt, z and y are
-coalesced, B and C are the same for all threads, and C . h is a sum inside a thread. (``one`` is 1, but the compiler
-must not know: of addresses it can vectorize it would make four states a thread's, and every sum a matter of shuffles
-and shared memory.) Tokens come one after another, but what four of them bring is asked for at once: the loads of one
-take several times its arithmetic to arrive. Where batch and channels alone do not fill the chip, the sequence is cut
-into chunks: every chunk is scanned from zero for its final state and its decay exp(A sum dt); a small kernel carries
-states from chunk to chunk; then every chunk is scanned from the state it starts with. int8 inputs are multiplied by
-their scales (one, or one a channel or state) in registers. With ``EVERY`` the state is kept at every so many tokens,
-for the backward (``triton_backward``).
+coalesced, B and C are the same for all threads, and C . h is a sum inside a thread. A and states lie as [N, E] in
+memory, and ``nought`` is 0, but the compiler must not know: of addresses that it knows to be aligned it would make
+four channels a thread's, of such that lie side by side in neither direction (some versions of Triton) two channels a
+warp's, and every sum a matter of shuffles and shared memory. Tokens come one after another, but what four of them
+bring is asked for at once: the loads of one take several times its arithmetic to arrive. Where batch and channels
+alone do not fill the chip, the sequence is cut into chunks: every chunk is scanned from zero for its final state and
+its decay exp(A sum dt); a small kernel carries states from chunk to chunk; then every chunk is scanned from the state
+it starts with. int8 inputs are multiplied by their scales (one, or one a channel or state) in registers. With
+``EVERY`` the state is kept at every so many tokens, for the backward (``triton_backward``).
 
 Roofline, per token and channel at N = 16, fp16: 8 bytes (u, dt, z, y; B and C are shared by all channels), 5 with int8
 inputs and no z; N exponentials, 2 more for softplus and 2 for the gate, and 4 N + 10 multiply-adds. An H100 has 16
@@ -35,7 +36,8 @@ from mambacompress.kernels.tile_math import LOG2E, exp2_polynomial, narrow, sigm
 
 EVERY = 16  # tokens between two kept states
 SHORTEST_CHUNK = 64
-WARPS_TO_FILL = 1024  # of 32 channels each: fewer, and the sequence is cut
+CARRIED = 256  # states of a program that carries them from chunk to chunk
+WARPS_TO_FILL = 2048  # of 32 channels each: fewer, and the sequence is cut
 
 
 @triton.jit
@@ -66,28 +68,23 @@ def vector_of(p_x, offsets, mask, default):
 
 
 @triton.jit
-def ahead(p_x, step):
-    """The pointer that far ahead; None where there is none."""
-    if p_x is not None:
-        p_x += step
-    return p_x
-
-
-@triton.jit
-def _token(p_u, p_dt, p_z, p_B, p_C, p_resets, inside, o_e, m_e, o_n, m_n, SUMMARY: tl.constexpr):
-    """What a token brings: u, dt, z [E], B, C [N] as they lie in memory, and whether the state goes on into it."""
+def _token(j, inside, p_u, p_dt, p_z, p_B, p_C, p_resets, u_step, dt_step, z_step, B_step, C_step, onward, o_e, m_e,
+           o_n, m_n, SUMMARY: tl.constexpr):
+    """What the token j steps ahead brings: u, dt, z [E], B, C [N] as they lie in memory, and whether the state goes on
+    into it.
+    """
     m_t, m_r = m_e & inside, m_n & inside
-    b_u = tl.load(p_u + o_e, mask=m_t, other=0)
-    b_dt = tl.load(p_dt + o_e, mask=m_t, other=0)
-    b_B = tl.load(p_B + o_n, mask=m_r, other=0)
+    b_u = tl.load(p_u + j * u_step + o_e, mask=m_t, other=0)
+    b_dt = tl.load(p_dt + j * dt_step + o_e, mask=m_t, other=0)
+    b_B = tl.load(p_B + j * B_step + o_n, mask=m_r, other=0)
     b_C, b_z = b_B, b_u
     if not SUMMARY:
-        b_C = tl.load(p_C + o_n, mask=m_r, other=0)
+        b_C = tl.load(p_C + j * C_step + o_n, mask=m_r, other=0)
         if p_z is not None:
-            b_z = tl.load(p_z + o_e, mask=m_t, other=0)
+            b_z = tl.load(p_z + j * z_step + o_e, mask=m_t, other=0)
     goes_on = 1.0
     if p_resets is not None:
-        goes_on = 1.0 - tl.load(p_resets, mask=inside, other=0).to(tl.float32)
+        goes_on = 1.0 - tl.load(p_resets + j * onward, mask=inside, other=0).to(tl.float32)
     return b_u, b_dt, b_z, b_B, b_C, goes_on
 
 
@@ -123,13 +120,13 @@ def _advance(b_h, inside, b_u, b_dt, b_z, b_B, b_C, goes_on, b_A, b_bias, b_D, b
 
 
 @gpu.tuned([({"TILE": 512, "POLYNOMIAL": 1}, 1, 1), ({"TILE": 512, "POLYNOMIAL": 0}, 1, 1),
-            ({"TILE": 1024, "POLYNOMIAL": 0}, 1, 1)], key=["BLOCK_N", "channels", "LONG", "SUMMARY"])
-@triton.jit(do_not_specialize=["one", "h_channel", "h_state"])
+            ({"TILE": 1024, "POLYNOMIAL": 0}, 2, 1)], key=["BLOCK_N", "channels", "LONG", "SUMMARY"])
+@triton.jit(do_not_specialize=["nought"])
 def _scan_kernel(
     p_u, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_gate, p_initial, p_resets, p_su, p_sdt, p_sB, p_sC, p_sz,
     p_y, p_final, p_decay, p_kept, length, chunk, channels, per_group, states,
     u_batch, u_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token, z_batch, z_token,
-    h_batch, h_chunk, h_channel, h_state, one, LONG: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    nought, LONG: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     SUMMARY: tl.constexpr, EVERY: tl.constexpr, STEP_U: tl.constexpr, STEP_DT: tl.constexpr, STEP_B: tl.constexpr,
     STEP_C: tl.constexpr, STEP_Z: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, POLYNOMIAL: tl.constexpr,
 ):
@@ -141,13 +138,12 @@ def _scan_kernel(
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < states
     m_h = m_n[:, None] & m_e[None, :]
-    o_h = o_n[:, None] * channels + o_e[None, :] * one  # [N, E]
+    o_h = o_n[:, None] * channels + o_e[None, :] + nought  # [N, E]
     i_bc = i_b * tl.num_programs(1) + i_c
-    b_A = tl.load(p_A + o_e[None, :] * states + o_n[:, None] * one, mask=m_h, other=0.0) * LOG2E  # [N, E]
+    b_A = tl.load(p_A + o_h, mask=m_h, other=0.0) * LOG2E  # [N, E]
     b_h = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     if p_initial is not None:
-        b_h = tl.load(p_initial + i_b * h_batch + i_c * h_chunk + o_e[None, :] * h_channel + o_n[:, None] * h_state,
-                      mask=m_h, other=0.0)
+        b_h = tl.load(p_initial + i_bc * states * channels + o_h, mask=m_h, other=0.0)
     b_bias, b_D = vector_of(p_bias, o_e, m_e, 0.0), vector_of(p_D, o_e, m_e, 0.0)
     b_gate = vector_of(p_gate, o_e, m_e, 1.0)
     b_su, b_sdt = scale_of(p_su, o_e, STEP_U, m_e), scale_of(p_sdt, o_e, STEP_DT, m_e)
@@ -172,18 +168,18 @@ def _scan_kernel(
     alive = 1.0
     for i in range(begin, min(begin + chunk, length), AT_ONCE):
         u0, d0, z0, B0, C0, on0 = _token(
-            p_u, p_dt, p_z, p_B, p_C,
-            p_resets, True, o_e, m_e, o_n, m_n, SUMMARY)
+            0, True, p_u, p_dt, p_z, p_B, p_C, p_resets, u_step, dt_step, z_step, B_step, C_step, onward,
+            o_e, m_e, o_n, m_n, SUMMARY)
         if AT_ONCE == 4:
             u1, d1, z1, B1, C1, on1 = _token(
-                p_u + u_step, p_dt + dt_step, ahead(p_z, z_step), p_B + B_step, p_C + C_step,
-                ahead(p_resets, onward), i + 1 < length, o_e, m_e, o_n, m_n, SUMMARY)
+                1, i + 1 < length, p_u, p_dt, p_z, p_B, p_C, p_resets, u_step, dt_step, z_step, B_step, C_step, onward,
+                o_e, m_e, o_n, m_n, SUMMARY)
             u2, d2, z2, B2, C2, on2 = _token(
-                p_u + 2 * u_step, p_dt + 2 * dt_step, ahead(p_z, 2 * z_step), p_B + 2 * B_step, p_C + 2 * C_step,
-                ahead(p_resets, 2 * onward), i + 2 < length, o_e, m_e, o_n, m_n, SUMMARY)
+                2, i + 2 < length, p_u, p_dt, p_z, p_B, p_C, p_resets, u_step, dt_step, z_step, B_step, C_step, onward,
+                o_e, m_e, o_n, m_n, SUMMARY)
             u3, d3, z3, B3, C3, on3 = _token(
-                p_u + 3 * u_step, p_dt + 3 * dt_step, ahead(p_z, 3 * z_step), p_B + 3 * B_step, p_C + 3 * C_step,
-                ahead(p_resets, 3 * onward), i + 3 < length, o_e, m_e, o_n, m_n, SUMMARY)
+                3, i + 3 < length, p_u, p_dt, p_z, p_B, p_C, p_resets, u_step, dt_step, z_step, B_step, C_step, onward,
+                o_e, m_e, o_n, m_n, SUMMARY)
         if EVERY and i % EVERY == 0:
             o_k = (i_b * tl.cdiv(length, EVERY) + i // EVERY) * states * channels
             tl.store(p_kept + o_k + o_h, b_h, mask=m_h)
@@ -227,16 +223,14 @@ def _scan_kernel(
 
 
 @triton.jit
-def carry_kernel(p_local, p_decay, p_initial, p_final, chunks, channels, states, h_batch, h_channel, h_state,
-                 BLOCK: tl.constexpr):
+def carry_kernel(p_local, p_decay, p_initial, p_final, chunks, channels, states, BLOCK: tl.constexpr):
     """Replace the final state of every chunk scanned from zero [B, chunks, N, E] by the state it starts with."""
     i_b = tl.program_id(1).to(tl.int64)
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [N E]
     m = o < states * channels
     b_h = tl.zeros([BLOCK], tl.float32)
     if p_initial is not None:
-        b_h = tl.load(p_initial + i_b * h_batch + (o % channels) * h_channel + (o // channels) * h_state, mask=m,
-                      other=0.0)
+        b_h = tl.load(p_initial + i_b * states * channels + o, mask=m, other=0.0)
     for c in range(0, chunks):
         o_c = (i_b * chunks + c) * states * channels + o
         b_local = tl.load(p_local + o_c, mask=m, other=0.0)
@@ -258,6 +252,11 @@ def chunk_length(batch: int, length: int, channels: int) -> int:
 def states_last(batch: int, channels: int, states: int, device: torch.device) -> Tensor:
     """Memory for states [B, E, N] in which neighbouring channels lie side by side."""
     return torch.empty(batch, states, channels, dtype=torch.float32, device=device).transpose(1, 2)
+
+
+def by_states(states_BEN: Tensor | None) -> Any:
+    """[B, N, E] without gaps: a view of what ``states_last`` made."""
+    return None if states_BEN is None else states_BEN.transpose(1, 2).contiguous()
 
 
 def _outputs(u: Tensor, A: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,27 +290,27 @@ def run_forward(
     chunks = triton.cdiv(length, chunk)
     per_group, block_n = channels // groups, triton.next_power_of_2(states)
 
-    def scan(summary: bool, start: Tensor | None, strides: tuple[int, ...], final: Tensor,
-             decay: Tensor | None) -> None:
+    A_NE, initial_BNE = A.t().contiguous(), by_states(initial)
+
+    def scan(summary: bool, start: Tensor | None, final: Tensor, decay: Tensor | None) -> None:
         gpu.launch(
             _scan_kernel,
             lambda meta: (groups * triton.cdiv(per_group, meta["TILE"] // block_n), chunks, batch),
-            u, dt, A, B, C, D, z, dt_bias, z_scale, start, resets, u_scale, dt_scale, B_scale, C_scale, z_scale8, y,
+            u, dt, A_NE, B, C, D, z, dt_bias, z_scale, start, resets, u_scale, dt_scale, B_scale, C_scale, z_scale8, y,
             final, decay, kept, length, chunk, channels, per_group, states, u.stride(0), u.stride(1), dt.stride(0),
             dt.stride(1), B.stride(0), B.stride(1), C.stride(0), C.stride(1), 0 if z is None else z.stride(0),
-            0 if z is None else z.stride(1), *strides, 1, LONG=chunk > 1, SOFTPLUS=softplus, REVERSE=reverse,
+            0 if z is None else z.stride(1), 0, LONG=chunk > 1, SOFTPLUS=softplus, REVERSE=reverse,
             SUMMARY=summary, EVERY=EVERY if save and not summary else 0, STEP_U=_step(u_scale), STEP_DT=_step(dt_scale),
             STEP_B=_step(B_scale), STEP_C=_step(C_scale), STEP_Z=_step(z_scale8), BLOCK_N=block_n)
 
-    h_batch, h_channel, h_state = (0, 0, 0) if initial is None else initial.stride()
     if chunks == 1:
-        scan(False, initial, (h_batch, 0, h_channel, h_state), final, None)
+        scan(False, initial_BNE, final, None)
         return y, final, kept
     local, decay = (torch.empty(batch, chunks, states, channels, device=u.device) for _ in range(2))
-    scan(True, None, (0, 0, 0, 0), local, decay)
-    gpu.launch(carry_kernel, (triton.cdiv(states * channels, 256), batch), local, decay, initial, final, chunks,
-               channels, states, h_batch, h_channel, h_state, BLOCK=256)
-    scan(False, local, (local.stride(0), local.stride(1), 1, channels), torch.empty_like(final), None)
+    scan(True, None, local, decay)
+    gpu.launch(carry_kernel, (triton.cdiv(states * channels, CARRIED), batch), local, decay, initial_BNE, final, chunks,
+               channels, states, BLOCK=CARRIED)
+    scan(False, local, torch.empty_like(final), None)
     return y, final, kept
 
 
@@ -336,4 +335,5 @@ def offline_calls() -> None:
     run_backward(training[0], initial, kept, *training, one, initial, None, True, False)
 
 
-__all__ = ["EVERY", "carry_kernel", "channels_of", "offline_calls", "run_forward", "states_last"]
+__all__ = ["CARRIED", "EVERY", "by_states", "carry_kernel", "channels_of", "offline_calls", "run_forward", "scale_of",
+           "states_last", "vector_of"]

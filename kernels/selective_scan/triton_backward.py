@@ -28,9 +28,10 @@ from torch import Tensor
 from mambacompress.kernels import gpu, native
 from mambacompress.kernels.selective_scan.cpu import input_scales
 from mambacompress.kernels.selective_scan.triton import (
+    CARRIED,
     EVERY,
     _outputs,
-    ahead,
+    by_states,
     carry_kernel,
     channels_of,
     run_forward,
@@ -42,7 +43,6 @@ from mambacompress.kernels.tile_math import LN2, LOG2E, narrow, sigmoid, softplu
 TILE = 512  # states of a program: one warp, 16 a thread
 SHORTEST_CHUNK = 2 * EVERY
 PROGRAMS_TO_FILL = 2048
-CARRIED = 256  # states of a program that carries gradients from chunk to chunk
 
 
 @triton.jit
@@ -84,10 +84,10 @@ def _dt_and_decay(b_dt, goes_on, inside, b_bias, m_e, b_A, SOFTPLUS: tl.constexp
     return b_pre, b_dt, tl.exp2(b_dt[None, :] * b_A) * goes_on
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["nought"])
 def _handed_kernel(
     p_dy, p_dt, p_A, p_C, p_z, p_bias, p_gate, p_resets, p_local, p_decay, length, chunk, channels, per_group, states,
-    dt_batch, dt_token, C_batch, C_token, z_batch, z_token, one, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    dt_batch, dt_token, C_batch, C_token, z_batch, z_token, nought, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):
     """What a chunk hands to the one before it, [N, E], given a gradient of zero by the one behind; its decay."""
@@ -96,14 +96,16 @@ def _handed_kernel(
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < states
     m_h = m_n[:, None] & m_e[None, :]
-    o_h = (i_b * tl.num_programs(1) + i_c) * states * channels + o_n[:, None] * channels + o_e[None, :] * one  # [N, E]
-    b_A = tl.load(p_A + o_e[None, :] * states + o_n[:, None] * one, mask=m_h, other=0.0) * LOG2E  # [N, E]
+    o_h = o_n[:, None] * channels + o_e[None, :] + nought  # [N, E]
+    b_A = tl.load(p_A + o_h, mask=m_h, other=0.0) * LOG2E  # [N, E]
     b_bias, b_gate = vector_of(p_bias, o_e, m_e, 0.0), vector_of(p_gate, o_e, m_e, 1.0)
     p_dt += i_b * dt_batch
     p_C += i_b * C_batch + i_g * states
     p_dy += i_b * length * channels
-    p_z = ahead(p_z, i_b * z_batch)
-    p_resets = ahead(p_resets, i_b * length)
+    if p_z is not None:
+        p_z += i_b * z_batch
+    if p_resets is not None:
+        p_resets += i_b * length
     b_dh = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     b_sum = tl.zeros([BLOCK_E], tl.float32)  # of dt
     alive = 1.0
@@ -127,17 +129,17 @@ def _handed_kernel(
         b_sum += b_dt
         alive *= goes_on
     b_decay = tl.exp2(b_sum[None, :] * b_A) * alive
-    tl.store(p_local + o_h, b_dh, mask=m_h)
-    tl.store(p_decay + o_h, b_decay, mask=m_h)
+    o_mine = (i_b * tl.num_programs(1) + i_c) * states * channels + o_h
+    tl.store(p_local + o_mine, b_dh, mask=m_h)
+    tl.store(p_decay + o_mine, b_decay, mask=m_h)
 
 
-@triton.jit(do_not_specialize=["one", "f_channel", "f_state"])
+@triton.jit(do_not_specialize=["nought"])
 def _backward_kernel(
     p_dy, p_dnext, p_kept, p_scratch, p_u, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_gate, p_resets,
     p_du, p_ddt, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, p_dgate, p_dinitial, length, chunk, channels, per_group, states,
-    u_batch, u_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token, z_batch, z_token, f_batch, f_chunk,
-    f_channel, f_state, one, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, EVERY: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    u_batch, u_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token, z_batch, z_token, nought,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, EVERY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):
     i_b, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1)  # chunks from the end
     i_bc = i_b * tl.num_programs(1) + i_c
@@ -145,13 +147,13 @@ def _backward_kernel(
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < states
     m_h = m_n[:, None] & m_e[None, :]
-    o_h = o_n[:, None] * channels + o_e[None, :] * one  # [N, E]
+    o_h = o_n[:, None] * channels + o_e[None, :] + nought  # [N, E]
     blocks = tl.cdiv(per_group, BLOCK_E)
     groups = channels // per_group
     o_rows = (((tl.program_id(0) % blocks) * tl.num_programs(2) + i_b) * length * groups + i_g) * states + o_n  # [N]
     p_mine = (p_scratch + (i_bc * tl.num_programs(0) + tl.program_id(0)) * EVERY * BLOCK_N * BLOCK_E
-              + o_n[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :] * one)  # [N, E]
-    b_A = tl.load(p_A + o_e[None, :] * states + o_n[:, None] * one, mask=m_h, other=0.0) * LOG2E  # [N, E]
+              + o_n[:, None] * BLOCK_E + tl.arange(0, BLOCK_E)[None, :] + nought)  # [N, E]
+    b_A = tl.load(p_A + o_h, mask=m_h, other=0.0) * LOG2E  # [N, E]
     b_bias, b_D = vector_of(p_bias, o_e, m_e, 0.0), vector_of(p_D, o_e, m_e, 0.0)
     b_scale = vector_of(p_gate, o_e, m_e, 1.0)
     p_u += i_b * u_batch
@@ -159,12 +161,13 @@ def _backward_kernel(
     p_B += i_b * B_batch + i_g * states
     p_C += i_b * C_batch + i_g * states
     p_dy += i_b * length * channels
-    p_z = ahead(p_z, i_b * z_batch)
-    p_resets = ahead(p_resets, i_b * length)
+    if p_z is not None:
+        p_z += i_b * z_batch
+    if p_resets is not None:
+        p_resets += i_b * length
     b_dh = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     if p_dnext is not None:
-        b_dh = tl.load(p_dnext + i_b * f_batch + i_c * f_chunk + o_e[None, :] * f_channel + o_n[:, None] * f_state,
-                       mask=m_h, other=0.0)
+        b_dh = tl.load(p_dnext + i_bc * states * channels + o_h, mask=m_h, other=0.0)
     b_dA = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     b_dD = tl.zeros([BLOCK_E], tl.float32)
     b_dbias = tl.zeros([BLOCK_E], tl.float32)
@@ -273,20 +276,19 @@ def run_backward(
     dinitial = states_last(batch, channels, states, u.device)
     scratch = torch.empty(grid[0] * grid[1] * batch * EVERY * block_n * block_e, device=u.device)
     z_strides = (0, 0) if z is None else z.stride()[:2]
-    dnext, strides = dfinal, (0, 0, 0, 0) if dfinal is None else (dfinal.stride(0), 0, *dfinal.stride()[1:])
+    A_NE, dnext = A.t().contiguous(), by_states(dfinal)
     if grid[1] > 1:
-        dnext = torch.empty(batch, grid[1], states, channels, device=u.device)
-        decay = torch.empty_like(dnext)
-        gpu.launch(_handed_kernel, grid, dy, dt, A, C, z, dt_bias, z_scale, resets, dnext, decay, length, chunk,
-                   channels, per_group, states, *dt.stride()[:2], *C.stride()[:2], *z_strides, 1, SOFTPLUS=softplus,
+        local, decay = (torch.empty(batch, grid[1], states, channels, device=u.device) for _ in range(2))
+        gpu.launch(_handed_kernel, grid, dy, dt, A_NE, C, z, dt_bias, z_scale, resets, local, decay, length, chunk,
+                   channels, per_group, states, *dt.stride()[:2], *C.stride()[:2], *z_strides, 0, SOFTPLUS=softplus,
                    REVERSE=reverse, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=1)
-        gpu.launch(carry_kernel, (triton.cdiv(states * channels, CARRIED), batch), dnext, decay, dfinal, dinitial,
-                   grid[1], channels, states, strides[0], *strides[2:], BLOCK=CARRIED)
-        strides = (dnext.stride(0), dnext.stride(1), 1, channels)
+        gpu.launch(carry_kernel, (triton.cdiv(states * channels, CARRIED), batch), local, decay, dnext, dinitial,
+                   grid[1], channels, states, BLOCK=CARRIED)
+        dnext = local
     gpu.launch(
-        _backward_kernel, grid, dy, dnext, kept, scratch, u, dt, A, B, C, D, z, dt_bias, z_scale, resets, du, ddt, dA,
-        dB, dC, dD, dz, dbias, dgate, dinitial, length, chunk, channels, per_group, states, *u.stride()[:2],
-        *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *z_strides, *strides, 1, SOFTPLUS=softplus, REVERSE=reverse,
+        _backward_kernel, grid, dy, dnext, kept, scratch, u, dt, A_NE, B, C, D, z, dt_bias, z_scale, resets, du, ddt,
+        dA, dB, dC, dD, dz, dbias, dgate, dinitial, length, chunk, channels, per_group, states, *u.stride()[:2],
+        *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *z_strides, 0, SOFTPLUS=softplus, REVERSE=reverse,
         EVERY=EVERY, BLOCK_N=block_n, BLOCK_E=block_e, num_warps=1)
     nothing = [torch.empty(0, device=u.device) for _ in range(4)]
     return (du, ddt, dA.sum(0).t().contiguous(), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype),

@@ -37,10 +37,10 @@ from mambacompress.kernels.tile_math import (
 TILE = 512
 
 
-@triton.jit(do_not_specialize=["one"])
+@triton.jit(do_not_specialize=["nought"])
 def _update_kernel(
     p_codes, p_scale, p_step, p_u, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_gate, p_su, p_sdt, p_sB, p_sC, p_sz, p_y,
-    p_new_codes, p_new_scale, channels, per_group, states, u_batch, dt_batch, B_batch, C_batch, z_batch, one,
+    p_new_codes, p_new_scale, channels, per_group, states, u_batch, dt_batch, B_batch, C_batch, z_batch, nought,
     SOFTPLUS: tl.constexpr, STEP_U: tl.constexpr, STEP_DT: tl.constexpr, STEP_B: tl.constexpr, STEP_C: tl.constexpr,
     STEP_Z: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):
@@ -49,8 +49,9 @@ def _update_kernel(
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < states
     m_h = m_n[:, None] & m_e[None, :]
-    o_h = i_b * states * channels + o_n[:, None] * channels + o_e[None, :] * one  # [N, E]
-    b_A = tl.load(p_A + o_e[None, :] * states + o_n[:, None] * one, mask=m_h, other=0.0) * LOG2E  # [N, E]
+    o_A = o_n[:, None] * channels + o_e[None, :] + nought  # [N, E]
+    o_h = i_b * states * channels + o_A
+    b_A = tl.load(p_A + o_A, mask=m_h, other=0.0) * LOG2E  # [N, E]
     b_scale = tl.load(p_scale + i_b * channels + o_e, mask=m_e, other=0.0)  # [E]
     b_h = wide(tl.load(p_codes + o_h, mask=m_h, other=0)) * b_scale[None, :]  # [N, E]
     b_u = wide(tl.load(p_u + i_b * u_batch + o_e, mask=m_e, other=0))  # [E]
@@ -96,10 +97,10 @@ def run_update(
     steps = [0 if s is None or s.numel() == 1 else 1 for s in (u_scale, dt_scale, B_scale, C_scale, z_scale8)]
     gpu.launch(
         _update_kernel, (groups * triton.cdiv(channels // groups, block_e), batch), codes, scale.contiguous(),
-        step.contiguous(), u, dt, A, B, C, D, z, dt_bias, z_scale, u_scale, dt_scale, B_scale, C_scale, z_scale8, y,
-        new_codes, new_scale, channels, channels // groups, states, u.stride(0), dt.stride(0), B.stride(0), C.stride(0),
-        0 if z is None else z.stride(0), 1, SOFTPLUS=softplus, STEP_U=steps[0], STEP_DT=steps[1], STEP_B=steps[2],
-        STEP_C=steps[3], STEP_Z=steps[4], BLOCK_N=block_n, BLOCK_E=block_e, num_warps=1)
+        step.contiguous(), u, dt, A.t().contiguous(), B, C, D, z, dt_bias, z_scale, u_scale, dt_scale, B_scale, C_scale,
+        z_scale8, y, new_codes, new_scale, channels, channels // groups, states, u.stride(0), dt.stride(0), B.stride(0),
+        C.stride(0), 0 if z is None else z.stride(0), 0, SOFTPLUS=softplus, STEP_U=steps[0], STEP_DT=steps[1],
+        STEP_B=steps[2], STEP_C=steps[3], STEP_Z=steps[4], BLOCK_N=block_n, BLOCK_E=block_e, num_warps=1)
     return outputs
 
 
