@@ -4,7 +4,7 @@ A program holds a tile of states [N, E]: neighbouring threads are neighbouring c
 coalesced, B and C are the same for all threads, and C . h is a sum inside a thread. A and states lie as [N, E] in
 memory, and ``nought`` is 0, but the compiler must not know: of addresses that it knows to be aligned it would make
 four channels a thread's, of such that lie side by side in neither direction (some versions of Triton) two channels a
-warp's, and every sum a matter of shuffles and shared memory. Tokens come one after another, but what four of them
+warp's, and every sum a matter of shuffles and shared memory. Tokens come one after another, but what two of them
 bring is asked for at once: the loads of one take several times its arithmetic to arrive. Where batch and channels
 alone do not fill the chip, the sequence is cut into chunks: every chunk is scanned from zero for its final state and
 its decay exp(A sum dt); a small kernel carries states from chunk to chunk; then every chunk is scanned from the state
@@ -15,8 +15,8 @@ Roofline, per token and channel at N = 16, fp16: 8 bytes (u, dt, z, y; B and C a
 inputs and no z; N exponentials, 2 more for softplus and 2 for the gate, and 4 N + 10 multiply-adds. An H100 has 16
 special-function results and 128 FMA a clock and SM: 20 / 16 = 1.25 clocks of exponentials, 0.6 of the rest, and
 8 B / (3350 / 132 / 1.7 = 14.9 B a clock and SM) = 0.54 of memory: the exponentials are the bound. ``POLYNOMIAL`` takes
-one token in four through some fifteen instructions of other pipes an exponential instead: of 80
-special functions in four tokens 64 are left (4 clocks, not 5), and 300 other instructions become 540 (4.2).
+one token in two through some fifteen instructions of other pipes an exponential instead: of 40 special functions in
+two tokens 24 are left (1.5 clocks, not 2.5), and 150 other instructions become 390 (3).
 [1, 2048, 1536]: 3.1 M elements, 17 us by 1.25 clocks, twice that in chunks.
 
 Legend: B batch, L tokens, E channels, G groups, N states.
@@ -131,7 +131,7 @@ def _scan_kernel(
     STEP_C: tl.constexpr, STEP_Z: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr, POLYNOMIAL: tl.constexpr,
 ):
     BLOCK_E: tl.constexpr = TILE // BLOCK_N
-    AT_ONCE: tl.constexpr = 4 if LONG else 1  # tokens whose loads are under way together
+    AT_ONCE: tl.constexpr = 2 if LONG else 1  # tokens whose loads are under way together
     SCALED: tl.constexpr = p_su is not None or p_sdt is not None or p_sB is not None
     i_b, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1)
     i_g, o_e, m_e = channels_of(tl.program_id(0), per_group, BLOCK_E)
@@ -170,15 +170,9 @@ def _scan_kernel(
         u0, d0, z0, B0, C0, on0 = _token(
             0, True, p_u, p_dt, p_z, p_B, p_C, p_resets, u_step, dt_step, z_step, B_step, C_step, onward,
             o_e, m_e, o_n, m_n, SUMMARY)
-        if AT_ONCE == 4:
+        if AT_ONCE == 2:
             u1, d1, z1, B1, C1, on1 = _token(
                 1, i + 1 < length, p_u, p_dt, p_z, p_B, p_C, p_resets, u_step, dt_step, z_step, B_step, C_step, onward,
-                o_e, m_e, o_n, m_n, SUMMARY)
-            u2, d2, z2, B2, C2, on2 = _token(
-                2, i + 2 < length, p_u, p_dt, p_z, p_B, p_C, p_resets, u_step, dt_step, z_step, B_step, C_step, onward,
-                o_e, m_e, o_n, m_n, SUMMARY)
-            u3, d3, z3, B3, C3, on3 = _token(
-                3, i + 3 < length, p_u, p_dt, p_z, p_B, p_C, p_resets, u_step, dt_step, z_step, B_step, C_step, onward,
                 o_e, m_e, o_n, m_n, SUMMARY)
         if EVERY and i % EVERY == 0:
             o_k = (i_b * tl.cdiv(length, EVERY) + i // EVERY) * states * channels
@@ -188,24 +182,16 @@ def _scan_kernel(
             b_sz, b_sB, b_sC, m_e, p_z, p_resets, SOFTPLUS, SUMMARY, POLYNOMIAL, SCALED)
         b_sum += dt0
         alive *= on0
-        if AT_ONCE == 4:
+        if AT_ONCE == 2:
             b_h, dt1, y1 = _advance(
                 b_h, i + 1 < length, u1, d1, z1, B1, C1, on1, b_A, b_bias, b_D, b_gate, b_su, b_sdt,
                 b_sz, b_sB, b_sC, m_e, p_z, p_resets, SOFTPLUS, SUMMARY, False, SCALED)
-            b_h, dt2, y2 = _advance(
-                b_h, i + 2 < length, u2, d2, z2, B2, C2, on2, b_A, b_bias, b_D, b_gate, b_su, b_sdt,
-                b_sz, b_sB, b_sC, m_e, p_z, p_resets, SOFTPLUS, SUMMARY, False, SCALED)
-            b_h, dt3, y3 = _advance(
-                b_h, i + 3 < length, u3, d3, z3, B3, C3, on3, b_A, b_bias, b_D, b_gate, b_su, b_sdt,
-                b_sz, b_sB, b_sC, m_e, p_z, p_resets, SOFTPLUS, SUMMARY, False, SCALED)
-            b_sum += dt1 + dt2 + dt3
-            alive *= on1 * on2 * on3
+            b_sum += dt1
+            alive *= on1
         if not SUMMARY:
             tl.store(p_y + o_e, narrow(y0, p_y), mask=m_e)
-            if AT_ONCE == 4:
+            if AT_ONCE == 2:
                 tl.store(p_y + y_step + o_e, narrow(y1, p_y), mask=m_e & (i + 1 < length))
-                tl.store(p_y + 2 * y_step + o_e, narrow(y2, p_y), mask=m_e & (i + 2 < length))
-                tl.store(p_y + 3 * y_step + o_e, narrow(y3, p_y), mask=m_e & (i + 3 < length))
         p_u += AT_ONCE * u_step
         p_dt += AT_ONCE * dt_step
         p_B += AT_ONCE * B_step

@@ -66,9 +66,9 @@ def _brings(i, inside, p_u, p_dt, p_B, p_C, p_dy, p_z, p_resets, o_e, m_e, o_n, 
     b_B = tl.zeros(o_n.shape, tl.float32)
     b_C = b_B
     if p_B is not None:
-        b_B = wide(tl.load(p_B + t * B_token + o_n, mask=m_r, other=0.0))
+        b_B = tl.load(p_B + t * B_token + o_n, mask=m_r, other=0.0)
     if p_C is not None:
-        b_C = wide(tl.load(p_C + t * C_token + o_n, mask=m_r, other=0.0))
+        b_C = tl.load(p_C + t * C_token + o_n, mask=m_r, other=0.0)
     goes_on = 1.0
     if p_resets is not None:
         goes_on = 1.0 - tl.load(p_resets + t, mask=inside, other=0).to(tl.float32)
@@ -115,7 +115,7 @@ def _handed_kernel(
         last, last >= begin, None, p_dt, None, p_C, p_dy, p_z, p_resets, o_e, m_e, o_n, m_n, length, channels, 0,
         dt_token, 0, C_token, z_token, REVERSE)
     for back in range(0, last + 1 - begin):
-        b_dt, b_dy, b_z, b_C, goes_on = next_dt, next_dy, next_z, next_C, next_on
+        b_dt, b_dy, b_z, b_C, goes_on = next_dt, next_dy, next_z, wide(next_C), next_on
         i = last - 1 - back
         next_u, next_dt, next_dy, next_z, next_B, next_C, next_on = _brings(  # noqa: RUF059
             i, i >= begin, None, p_dt, None, p_C, p_dy, p_z, p_resets, o_e, m_e, o_n, m_n, length, channels, 0,
@@ -183,7 +183,7 @@ def _backward_kernel(
             u_token, dt_token, B_token, 0, 0, REVERSE)
         for j in range(0, EVERY):
             i = first + j
-            b_u, b_dt, b_B, goes_on = wide(next_u), next_dt, next_B, next_on
+            b_u, b_dt, b_B, goes_on = wide(next_u), next_dt, wide(next_B), next_on
             next_u, next_dt, next_dy, next_z, next_B, next_C, next_on = _brings(
                 i + 1, i + 1 < length, p_u, p_dt, p_B, None, None, None, p_resets, o_e, m_e, o_n, m_n, length, channels,
                 u_token, dt_token, B_token, 0, 0, REVERSE)
@@ -195,7 +195,6 @@ def _backward_kernel(
         next_u, next_dt, next_dy, next_z, next_B, next_C, next_on = _brings(
             last, last < length, p_u, p_dt, p_B, p_C, p_dy, p_z, p_resets, o_e, m_e, o_n, m_n, length, channels,
             u_token, dt_token, B_token, C_token, z_token, REVERSE)
-        next_before = tl.load(p_mine + (EVERY - 1) * BLOCK_N * BLOCK_E)
         for k in range(0, EVERY):
             j = EVERY - 1 - k
             i = first + j
@@ -204,11 +203,9 @@ def _backward_kernel(
                 t = length - 1 - t
             m_t = m_e & (i < length)
             m_r = m_n & (i < length)
-            b_before = next_before  # [N, E]
+            b_before = tl.load(p_mine + j * BLOCK_N * BLOCK_E)  # [N, E]
             b_u, b_dt, b_dy, b_z = wide(next_u), next_dt, wide(next_dy), wide(next_z)
-            b_B, b_C, goes_on = next_B, next_C, next_on
-            if j > 0:
-                next_before = tl.load(p_mine + (j - 1) * BLOCK_N * BLOCK_E)
+            b_B, b_C, goes_on = wide(next_B), wide(next_C), next_on
             next_u, next_dt, next_dy, next_z, next_B, next_C, next_on = _brings(
                 i - 1, (j > 0) & (i - 1 < length), p_u, p_dt, p_B, p_C, p_dy, p_z, p_resets, o_e, m_e, o_n, m_n, length,
                 channels, u_token, dt_token, B_token, C_token, z_token, REVERSE)
