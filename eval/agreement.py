@@ -24,6 +24,7 @@ from mambacompress.eval import perplexity
 from mambacompress.eval.windows import Windows
 from mambacompress.kernels.divergence import divergence
 
+
 @dataclass(frozen=True)
 class Agreement:
     """What a pass of two models over the same windows gives.

@@ -1,7 +1,7 @@
 """divergence: the losses of two models on the same tokens, KL(P || Q), and whether both put the same token first.
 
-One pass over logits that a model has just written; nothing as large as the logits is made. Native code takes fp32 on the
-CPU; with e^x - 1 - x in place of expm1 its sum has no negative term, so that it needs no clipping. For evaluation
+One pass over logits that a model has just written; nothing as large as the logits is made. Native code takes fp32 on
+the CPU; with e^x - 1 - x in place of expm1 its sum has no negative term, so that it needs no clipping. For evaluation
 alone: without gradients.
 
 Legend: N rows, V vocabulary.

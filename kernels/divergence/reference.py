@@ -44,7 +44,7 @@ def _divergence(logits_NV: Tensor, baseline_NV: Tensor) -> Tensor:
 
 
 def defined(kl_N: Tensor, logits_NV: Tensor, baseline_NV: Tensor) -> Tensor:
-    """``kl_N``, by the definition where it is not finite: logits far apart, or infinite, whose exponential overflows."""
+    """``kl_N``, by the definition where it is not finite: of logits far apart or infinite, exponentials overflow."""
     odd_N = ~torch.isfinite(kl_N)
     if bool(odd_N.any()):
         kl_N[odd_N] = _plain(logits_NV[odd_N], baseline_NV[odd_N])
