@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mambacompress.errors import UserError
 from mambacompress.eval.windows import Windows
+from mambacompress.kernels import divergence
 
 Advance = Callable[[int], None]
 
@@ -54,9 +54,9 @@ def check_vocabulary(windows: Windows, vocabulary: int) -> None:
 
 
 def token_losses(logits_BLV: Tensor, input_ids_BL: Tensor) -> Tensor:
-    """Loss in nats of every predicted token, fp32 [B, L - 1], one sequence at a time."""
+    """Loss in nats of every predicted token, fp64 [B, L - 1], one sequence at a time."""
     rows = [
-        F.cross_entropy(logits_LV[:-1].float(), ids_L[1:].to(logits_LV.device), reduction="none")
+        divergence.token_losses(logits_LV[:-1], ids_L[1:].to(logits_LV.device))
         for logits_LV, ids_L in zip(logits_BLV, input_ids_BL, strict=True)
     ]
     return torch.stack(rows)
@@ -85,7 +85,7 @@ def window_losses(
 
 def summed(losses: Tensor, scored: Tensor) -> list[float]:
     """fp64 sum of the scored losses of every window; raises UserError for NaN or Inf."""
-    chosen = losses.double().masked_fill(~scored.to(losses.device), 0.0)
+    chosen = losses.masked_fill(~scored.to(losses.device), 0.0)
     totals = chosen.sum(dim=1)
     if not torch.isfinite(totals).all():
         raise UserError(

@@ -36,7 +36,8 @@ from mambacompress.eval.schema import Speed
 from mambacompress.kernels.registry import recording
 
 _CHILD = """
-import json, sys
+import gc, json, sys
+gc.set_threshold(100_000)  # as ``cli.main``
 from mambacompress.eval import speed
 wanted = json.loads(sys.argv[1])
 speed.prepare(wanted)

@@ -114,7 +114,7 @@ static inline void float_outputs(const Linear& p, Rows& rows, int64_t first, con
     }
 }
 
-constexpr int PANEL_ROWS = MC_WIDTH == 16 ? 12 : 4;  // rows in registers, two accumulators each
+constexpr int PANEL_ROWS = MC_WIDTH == 16 ? 12 : MC_WIDTH == 8 ? 6 : 4;  // rows in registers, two accumulators each
 constexpr int64_t PANEL_OUTPUTS = 2 * W;
 
 // Outputs [first, first + PANEL_OUTPUTS) of a weight of floats as a panel [inputs, up to whole vectors][PANEL_OUTPUTS].

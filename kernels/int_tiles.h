@@ -11,7 +11,8 @@
 // rows two tiles at a time, up to 12 rows x 32 outputs of accumulators in registers; the dot instruction is inline assembly,
 // since GCC spills accumulators of intrinsics. Whatever the shape, sums are exact and epilogues the same: so are the results.
 //
-// Other levels run one plain loop over the same rows. Where activations stay float, so do the products: see float_tiles.h. No
+// Without AVX-512 rows meet a weight row at a time, in one plain loop; many rows 16 weight rows, with AVX2 (pair_outputs). Where
+// activations stay float, so do the products: see float_tiles.h. No
 // include guard: see simd.h.
 //
 // Legend: M rows, N outputs, K inputs, G groups of inputs that share a weight scale.
@@ -179,18 +180,23 @@ MC_INLINE int32_t dot_bytes(const int8_t* a, const int8_t* b, int64_t n) {
     return sum;
 }
 
-// Outputs [first, last) for all rows; nibbles are unpacked a weight row at a time into `unpacked`. Rows in natural order.
-// gathered: scratch of a row of bytes.
-static inline void plain_outputs(const Linear& p, Rows& rows, bool nibbles, int64_t first, int64_t last, int8_t* unpacked,
-                                 uint8_t* gathered) {
-    int64_t group_size = p.inputs / p.groups;
+// The weight row of an output as signed bytes: where it is, or gathered, or nibbles unpacked less their zero point. Scratch of a row.
+static inline const int8_t* signed_row(const Linear& p, bool nibbles, int64_t output, int8_t* unpacked, uint8_t* gathered) {
+    const uint8_t* bytes = row_of(p, nibbles, output, gathered);
+    if (!nibbles) return reinterpret_cast<const int8_t*>(bytes);
+    const int64_t group_size = p.inputs / p.groups;
+    for (int64_t i = 0; i < p.inputs; ++i)
+        unpacked[i] = int8_t((i & 1 ? bytes[i / 2] >> 4 : bytes[i / 2] & 15) - zero_at(p, output, i / group_size));
+    return unpacked;
+}
+
+// Outputs [first, last) for rows from m on, a weight row at a time. Rows in natural order. unpacked, gathered: see signed_row.
+static inline void plain_outputs(const Linear& p, Rows& rows, bool nibbles, int64_t m, int64_t first, int64_t last,
+                                 int8_t* unpacked, uint8_t* gathered) {
+    const int64_t group_size = p.inputs / p.groups, start = m;
     for (int64_t output = first; output < last; ++output) {
-        const uint8_t* bytes = row_of(p, nibbles, output, gathered);
-        if (nibbles)
-            for (int64_t i = 0; i < p.inputs; ++i)
-                unpacked[i] = int8_t((i & 1 ? bytes[i / 2] >> 4 : bytes[i / 2] & 15) - zero_at(p, output, i / group_size));
-        const int8_t* weight = nibbles ? unpacked : reinterpret_cast<const int8_t*>(bytes);
-        for (int64_t m = 0; m < p.rows; ++m) {
+        const int8_t* weight = signed_row(p, nibbles, output, unpacked, gathered);
+        for (m = start; m < p.rows; ++m) {
             const int8_t* codes = rows.codes.get() + m * rows.stride;
             float total = 0.0f;
             for (int64_t g = 0; g < p.groups; ++g) {
@@ -202,6 +208,90 @@ static inline void plain_outputs(const Linear& p, Rows& rows, bool nibbles, int6
         }
     }
 }
+
+#if MC_WIDTH == 8
+// -- AVX2 ------------------------------------------------------------------------------------------------------------
+
+constexpr int PAIR_ROWS = 4;  // rows in registers, two accumulators of eight outputs each
+
+// `count` weight rows from `first` as [pairs of inputs][16 outputs][2], the last one repeated. staged: scratch of W rows of bytes.
+static inline void pack_pairs(const Linear& p, bool nibbles, int64_t first, int64_t count, int8_t* unpacked, uint8_t* gathered,
+                              int16_t* pairs, int8_t* staged) {
+    const int64_t step = Rows::padded(p.inputs, 128);
+    for (int64_t half = 0; half < TILE_OUTPUTS; half += W) {
+        for (int64_t i = 0; i < W; ++i) {
+            const int64_t output = first + std::min(half + i, count - 1);
+            std::memcpy(staged + i * step, signed_row(p, nibbles, output, unpacked, gathered), size_t(p.inputs));
+            std::memset(staged + i * step + p.inputs, 0, size_t(step - p.inputs));
+        }
+        for (int64_t k = 0; k < p.inputs; k += 2 * W) {
+            alignas(32) float block[W * W];  // bits of pairs, which are only moved
+            for (int64_t i = 0; i < W; ++i)
+                store(block + i * W, {_mm256_castsi256_ps(_mm256_cvtepi8_epi16(
+                                         _mm_load_si128(reinterpret_cast<const __m128i*>(staged + i * step + k))))});
+            transpose(block, W, reinterpret_cast<float*>(pairs) + k / 2 * TILE_OUTPUTS + half, TILE_OUTPUTS);
+        }
+    }
+}
+
+// All rows by the 16 outputs from `first`, as many of them as there are, inputs two at a time: a lane is an output, and holds two
+// weights of 16 bits, since the byte instruction saturates. What plain_outputs gives, but for less: no sum over lanes.
+//
+// pairs: scratch for the weights, [pairs of inputs][16 outputs][2], and PAIR_ROWS rows of codes. Groups must be of whole pairs
+// where there are several.
+static inline void pair_outputs(const Linear& p, Rows& rows, bool nibbles, int64_t first, int8_t* unpacked, uint8_t* gathered,
+                                int16_t* pairs) {
+    const int64_t count = std::min(TILE_OUTPUTS, p.outputs - first), stride = rows.stride;
+    const int64_t group = p.groups == 1 ? ceil_div(p.inputs, 2) : p.inputs / p.groups / 2;
+    int16_t* codes = pairs + Rows::padded(p.inputs, 2 * W) * TILE_OUTPUTS;
+    pack_pairs(p, nibbles, first, count, unpacked, gathered, pairs, reinterpret_cast<int8_t*>(codes));
+    Scratch<float> scales(size_t(p.groups * TILE_OUTPUTS));
+    for (int64_t g = 0; g < p.groups; ++g)
+        for (int64_t n = 0; n < TILE_OUTPUTS; ++n)
+            scales[size_t(g * TILE_OUTPUTS + n)] = scale_at(p, first + std::min(n, count - 1), g);
+    for (int64_t m = 0; m + PAIR_ROWS <= p.rows; m += PAIR_ROWS) {
+        const int8_t* from = rows.codes.get() + m * stride;
+        for (int64_t i = 0; i < PAIR_ROWS * stride; i += 16)
+            _mm256_store_si256(reinterpret_cast<__m256i*>(codes + i),
+                               _mm256_cvtepi8_epi16(_mm_load_si128(reinterpret_cast<const __m128i*>(from + i))));
+        V total[PAIR_ROWS][2];
+        for (int64_t g = 0; g < p.groups; ++g) {
+            __m256i acc[PAIR_ROWS][2];
+            MC_UNROLL(4)
+            for (int r = 0; r < PAIR_ROWS; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+            for (int64_t k = g * group; k < (g + 1) * group; ++k) {
+                const __m256i* weight = reinterpret_cast<const __m256i*>(pairs + k * 2 * TILE_OUTPUTS);
+                const __m256i low = _mm256_load_si256(weight), high = _mm256_load_si256(weight + 1);
+                MC_UNROLL(4)
+                for (int r = 0; r < PAIR_ROWS; ++r) {
+                    int32_t two;
+                    std::memcpy(&two, codes + r * stride + 2 * k, 4);
+                    const __m256i pair = _mm256_set1_epi32(two);
+                    acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(low, pair));
+                    acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(high, pair));
+                }
+            }
+            MC_UNROLL(4)
+            for (int r = 0; r < PAIR_ROWS; ++r)
+                for (int half = 0; half < 2; ++half) {
+                    const V part = V{_mm256_cvtepi32_ps(acc[r][half])} * load(&scales[size_t(g * TILE_OUTPUTS + half * W)]);
+                    total[r][half] = g == 0 ? part : total[r][half] + part;
+                }
+        }
+        for (int half = 0; half < 2; ++half) {
+            const int64_t at = first + half * W;
+            const int lanes = int(std::min<int64_t>(W, p.outputs - at));
+            if (lanes <= 0) break;
+            for (int r = 0; r < PAIR_ROWS; ++r) {
+                V y = total[r][half] * set1(rows.scales[size_t(m + r)]);
+                if (p.bias) y = y + load_part(p.bias + at, lanes);
+                store_any(p.y, (m + r) * p.y_row + at, int(p.y_dtype), y, lanes);
+            }
+        }
+    }
+    plain_outputs(p, rows, nibbles, p.rows / PAIR_ROWS * PAIR_ROWS, first, first + count, unpacked, gathered);
+}
+#endif
 
 #if MC_WIDTH == 16
 // -- AVX-512 VNNI ----------------------------------------------------------------------------------------------------

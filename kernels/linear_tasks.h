@@ -25,6 +25,9 @@ struct Workspace {
     Scratch<uint8_t> gathered;
     Scratch<float> widened;
     Scratch<uint8_t> panel;  // two tiles
+#if MC_WIDTH == 8
+    Scratch<int16_t> pairs;  // see pair_outputs
+#endif
 #if MC_WIDTH == 16
     Factors factors;
     Workspace(int64_t inputs, int64_t groups)
@@ -33,7 +36,11 @@ struct Workspace {
 #else
     Workspace(int64_t inputs, int64_t)
         : unpacked(size_t(inputs)), gathered(size_t(inputs + 4)), widened(size_t(PANEL_OUTPUTS * (inputs + W))),
-          panel(size_t(panel_bytes(inputs))) {}
+          panel(size_t(panel_bytes(inputs)))
+#if MC_WIDTH == 8
+          , pairs(size_t(Rows::padded(inputs, 2 * W) * TILE_OUTPUTS + PAIR_ROWS * Rows::padded(inputs, 128)))
+#endif
+    {}
 #endif
     static int64_t panel_bytes(int64_t row_bytes) { return Rows::padded(row_bytes, 4) * TILE_OUTPUTS; }
 };
@@ -92,8 +99,14 @@ struct Tasks {
         if (shape == PLAIN) {
             const int64_t first = task * width;
             if (weights == SPARSE) expand_rows(p, first, work.panel.get());
-            return plain_outputs(weights == SPARSE ? dense_rows(p, first, work.panel.get()) : p, rows, weights == NIBBLES, first,
-                                 std::min(p.outputs, first + width), work.unpacked.get(), work.gathered.get());
+            const Linear dense = weights == SPARSE ? dense_rows(p, first, work.panel.get()) : p;
+#if MC_WIDTH == 8
+            if (p.rows > FEW_ROWS && (p.groups == 1 || p.inputs / p.groups % 2 == 0))
+                return pair_outputs(dense, rows, weights == NIBBLES, first, work.unpacked.get(), work.gathered.get(),
+                                    work.pairs.get());
+#endif
+            return plain_outputs(dense, rows, weights == NIBBLES, 0, first, std::min(p.outputs, first + width),
+                                 work.unpacked.get(), work.gathered.get());
         }
 #if MC_WIDTH == 16
         if (shape == FLOAT_TILES) return run_float_tile(rows, task * width, work);

@@ -159,7 +159,7 @@ class _Pot:
                 self._fill(state)
                 mixture.append(self.host(input_ids=ids_BL, use_cache=False).logits.float().log_softmax(-1))
             logits_BLV = torch.stack(mixture).logsumexp(0) - torch.tensor(float(len(states))).log()
-            total += float(token_losses(logits_BLV, ids_BL).double().masked_fill(~scored_BL, 0).sum())
+            total += float(token_losses(logits_BLV, ids_BL).masked_fill(~scored_BL, 0).sum())
         self._fill(kept)
         return float(torch.tensor(total / sum(self.windows.counts), dtype=torch.float64).exp())
 

@@ -147,6 +147,18 @@ def test_importing_the_package_loads_nothing_heavy():
     run(sys.executable, "-c", code)
 
 
+def test_evaluating_a_model_loads_only_what_it_needs():
+    """Neither what rotates nor what other commands and the tasks of lm-eval need; before a model is read, no host."""
+    code = ("import sys, mambacompress as mc, mambacompress.cli.evaluate\n"
+            "def loaded(*names): return set(names) & set(sys.modules)\n"
+            "mc.evaluate, mc.load\n"
+            "assert not loaded('transformers', 'scipy'), loaded('transformers', 'scipy')\n"
+            "mc.load('demo'), mc.load_tokenizer('demo')\n"
+            "idle = loaded('datasets', 'lm_eval', 'matplotlib', 'plotly', 'pandas', 'sklearn', 'torchvision')\n"
+            "assert not idle, idle")
+    run(sys.executable, "-c", code)
+
+
 def test_public_names_are_all_there():
     import mambacompress as mc
 

@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 a check failed, 2 bad usage or input, 130 interrupted.
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated
 
 import typer
@@ -68,6 +69,7 @@ app.command("demo", cls=Command)(demo.demo)
 
 def main() -> None:
     """The ``mambacompress`` console script."""
+    gc.set_threshold(100_000)  # imports make a million objects that stay: looking for garbage is a sixth of a start
     try:
         app(prog_name="mambacompress")
     except KeyboardInterrupt:  # before a command has started

@@ -15,7 +15,6 @@ All of it in fp64. Row vectors: x <- x R.
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -70,6 +69,8 @@ def klt_hadamard(moment: Tensor) -> Tensor:
 
 def eigenvectors(S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Λ descending [n], K [n, n] of a symmetric S; each eigenvector's largest entry is positive: K is determined."""
+    import scipy.linalg  # its import takes as long as the rest of this room's, and most commands rotate nothing
+
     eigenvalues, K = scipy.linalg.eigh((S + S.T) / 2)
     eigenvalues, K = eigenvalues[::-1], K[:, ::-1]
     largest = np.abs(K).argmax(axis=0)
