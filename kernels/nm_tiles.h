@@ -13,13 +13,13 @@ namespace MC_LEVEL {
 
 constexpr int MAX_BLOCK = 64;  // quads: the largest `of` is odd and below 64
 
-// How the tiles of a weight lie.
+// How the tiles of a weight lie. size: bytes of a value.
 struct NmLayout {
-    int64_t quads, block, block_bytes, tile_bytes;  // quads: of a row, the last block's filled up or not; block: in quads
+    int64_t size, quads, block, block_bytes, tile_bytes;  // quads: of a row, the last block's filled up or not; block: in quads
 
-    explicit NmLayout(const Linear& p) : quads(ceil_div(p.inputs, 4)) {
+    explicit NmLayout(const Linear& p, int64_t size = 1) : size(size), quads(ceil_div(p.inputs, 4)) {
         block = p.of % 4 == 0 ? p.of / 4 : p.of % 2 == 0 ? p.of / 2 : p.of;
-        block_bytes = block * 8 + TILE_OUTPUTS * (4 * block / p.of) * p.keep;
+        block_bytes = block * 8 + TILE_OUTPUTS * (4 * block / p.of) * p.keep * size;
         tile_bytes = ceil_div(quads, block) * block_bytes;
     }
     const uint8_t* tile(const Linear& p, int64_t first) const {
@@ -33,13 +33,14 @@ MC_INLINE uint64_t mask_at(const uint8_t* at) {
     return mask;
 }
 
-// put(quad, place in it, byte) for every stored byte of a tile.
+// put(quad, place in it, where its value is) for every stored value of a tile.
 template <typename Put>
 static inline void each_stored(const NmLayout& at, const uint8_t* tile, Put put) {
     for (int64_t q = 0; q < at.quads; q += at.block, tile += at.block_bytes) {
         const uint8_t* value = tile + 8 * at.block;
         for (int64_t i = 0; i < std::min(at.block, at.quads - q); ++i)
-            for (uint64_t mask = mask_at(tile + 8 * i); mask; mask &= mask - 1) put(q + i, __builtin_ctzll(mask), *value++);
+            for (uint64_t mask = mask_at(tile + 8 * i); mask; mask &= mask - 1, value += at.size)
+                put(q + i, __builtin_ctzll(mask), value);
     }
 }
 
@@ -47,8 +48,8 @@ static inline void each_stored(const NmLayout& at, const uint8_t* tile, Put put)
 static inline void expand_rows(const Linear& p, int64_t first, uint8_t* to) {
     const NmLayout at(p);
     std::memset(to, 0, size_t(TILE_OUTPUTS * p.inputs));
-    each_stored(at, at.tile(p, first), [&](int64_t q, int place, uint8_t byte) MC_LAMBDA {
-        if (4 * q + place % 4 < p.inputs) to[place / 4 * p.inputs + 4 * q + place % 4] = byte;
+    each_stored(at, at.tile(p, first), [&](int64_t q, int place, const uint8_t* value) MC_LAMBDA {
+        if (4 * q + place % 4 < p.inputs) to[place / 4 * p.inputs + 4 * q + place % 4] = *value;
     });
 }
 
@@ -82,7 +83,7 @@ static inline void expand_tile(const Linear& p, int64_t first, uint8_t* to) {
     const uint8_t* tile = at.tile(p, first);
     if (!expands_bytes()) {
         std::memset(to, 0, size_t(at.quads * 64));
-        each_stored(at, tile, [&](int64_t q, int place, uint8_t byte) MC_LAMBDA { to[q * 64 + place] = byte; });
+        each_stored(at, tile, [&](int64_t q, int place, const uint8_t* value) MC_LAMBDA { to[q * 64 + place] = *value; });
         return;
     }
     for (int64_t q = 0; q < at.quads; q += at.block, tile += at.block_bytes) {

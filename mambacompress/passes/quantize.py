@@ -29,7 +29,12 @@ from mambacompress.models.heads import TransformedHead
 from mambacompress.models.mixers import S6Mixer
 from mambacompress.models.modelmap import Block, ModelMap, set_module
 from mambacompress.models.packed import ActivationFormat, PackedEmbedding, PackedHead, PackedLinear, WeightFormat
-from mambacompress.models.packed_sparse import PackedSparseLinear, sparse_bytes
+from mambacompress.models.packed_sparse import (
+    PackedSparseEmbedding,
+    PackedSparseHead,
+    PackedSparseLinear,
+    sparse_bytes,
+)
 from mambacompress.models.paths import Path, ScanQuantizer
 from mambacompress.nm import Pattern
 from mambacompress.numerics import Grid
@@ -69,10 +74,7 @@ class Quantize(Pass):
                 shape = block.module.get_parameter(f"{path}.weight").shape
                 check_groups(f"block {block.index} {tensor}", shape[1], _grid(format_))
                 pattern = block.patterns.get(path)
-                if pattern is not None and format_.weights != "int8":
-                    raise UserError(f"block {block.index} {tensor} is {pattern} sparse, and sparse values are stored "
-                                    f"as int8 or fp16, not {format_.weights}",
-                                    f"give it int8 with `overrides`, or leave {tensor} out of quantize's maps for fp16")
+                _check_sparse(f"block {block.index} {tensor}", tensor, format_, pattern)
                 plan.edits.append(self._edit(block.index, tensor, format_, shape, pattern=pattern))
             self._plan_scan(plan, block)
             if self.config.rest == "float16":
@@ -126,17 +128,20 @@ class Quantize(Pass):
                             f"add {missing} to `maps`, or take {named} out")
         if embedding is not None:
             check_groups("the embedding", shape[1], _grid(embedding))
+            pattern = model_map.pattern if model_map.tied else None
+            _check_sparse("the embedding", "embedding and head", embedding, pattern)
             note = ""
             if embedding.bits == 4 and sum(shape.numel() for _, shape in model_map.matrices().values()) < 10**9:
                 note = "; 4 bits cost several points below a billion parameters"
                 warnings.warn("a 4-bit embedding costs several points of accuracy below a billion parameters; int8 is "
                               "safe", stacklevel=3)
-            plan.edits.append(self._edit(None, "embedding", embedding, shape, note))
+            plan.edits.append(self._edit(None, "embedding", embedding, shape, note, pattern))
         if head is None:
             return
         check_groups("the head", shape[1], _grid(head))
         if not model_map.tied:
-            plan.edits.append(self._edit(None, "head", head, model_map.head.weight.shape))
+            _check_sparse("the head", "head", head, model_map.pattern)
+            plan.edits.append(self._edit(None, "head", head, model_map.head.weight.shape, pattern=model_map.pattern))
             return
         if embedding is not None and _grid(head) != _grid(embedding):
             raise UserError("the head shares the embedding's weight, so both are stored in one format",
@@ -263,25 +268,35 @@ class Quantize(Pass):
         if format_ is None:
             return {}
         weight_VD, grid = model_map.embedding.weight.data, _grid(format_)
-        search = self.config.scale_search and grid.bits == 4
-        codes, scales = round_weight(weight_VD, grid, "the embedding", search=search)
-        packed = PackedEmbedding.from_float(weight_VD, weights=_weights(format_), codes=codes,
-                                            scale=_stored_scale(scales, format_))
+        codes, scales = self._round_end(model_map, weight_VD, grid, "the embedding", shared=model_map.tied)
+        scale = _stored_scale(scales, format_)
+        packed: PackedEmbedding | PackedSparseEmbedding
+        if model_map.tied and model_map.mask is not None and model_map.pattern is not None:
+            packed = PackedSparseEmbedding.from_mask(codes, model_map.mask, model_map.pattern, scale=scale)
+        else:
+            packed = PackedEmbedding.from_float(weight_VD, weights=_weights(format_), codes=codes, scale=scale)
         set_module(model_map.host, model_map.embedding.path, packed)
         return {"embedding.sqnr_db": _rounded(weight_sqnr_db(weight_VD, codes, scales, grid))}
+
+    def _round_end(self, model_map: ModelMap, weight_VD: Tensor, grid: Grid, where: str, *,
+                   shared: bool) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the embedding or the head; shared: it is the weight that pruning may have rounded."""
+        if shared and model_map.rounded is not None:
+            return model_map.rounded
+        return round_weight(weight_VD, grid, where, search=self.config.scale_search and grid.bits == 4)
 
     @torch.no_grad()
     def apply_head(self, model_map: ModelMap, calibration: Calibration) -> dict[str, Any]:
         format_, head, embedding = self.config.of("head"), model_map.head.module, model_map.embedding.module
-        if format_ is None or (model_map.tied and not isinstance(embedding, PackedEmbedding)):
+        tied = model_map.tied and isinstance(embedding, PackedEmbedding | PackedSparseEmbedding)
+        if format_ is None or (model_map.tied and not tied):
             return {}
         transform = head.transform if isinstance(head, TransformedHead) else None
         inputs = (model_map.final_norm(h_BLD).flatten(0, 1) for h_BLD in calibration.batches())
         activations = _activations(format_)
         report: dict[str, Any] = {}
         # A tied head multiplies the embedding's codes; its own float weight is gone by now.
-        weight_VD = embedding.dequantize() if isinstance(embedding, PackedEmbedding) and model_map.tied else (
-            model_map.head.weight.data)
+        weight_VD = embedding.dequantize() if tied else model_map.head.weight.data
         act_scale = None
         if activations.mode == "tensor":
             sample = RowSample(512)
@@ -290,18 +305,31 @@ class Quantize(Pass):
             percentile, act_scale = best_range(sample, weight_VD, activations.bits, self.config.percentile)
             report = {"head.act_scale": _rounded(act_scale, 6), "head.percentile": percentile}
         stored = None if transform is None else half_if_harmless(transform)
-        if model_map.tied and isinstance(embedding, PackedEmbedding):
-            packed = PackedHead.sharing(embedding, activations=activations, act_scale=act_scale, transform=stored)
+        packed: PackedHead | PackedSparseHead
+        if tied:
+            kind = PackedSparseHead if isinstance(embedding, PackedSparseEmbedding) else PackedHead
+            packed = kind.sharing(embedding, activations=activations, act_scale=act_scale, transform=stored)
         else:
-            grid = _grid(format_)
-            search = self.config.scale_search and grid.bits == 4
-            codes, scales = round_weight(weight_VD, grid, "the head", search=search)
-            packed = PackedHead.from_float(weight_VD, getattr(head, "bias", None), weights=_weights(format_),
-                                           activations=activations, act_scale=act_scale, transform=stored,
-                                           codes=codes, scale=_stored_scale(scales, format_))
+            grid, bias = _grid(format_), getattr(head, "bias", None)
+            codes, scales = self._round_end(model_map, weight_VD, grid, "the head", shared=True)
+            scale = _stored_scale(scales, format_)
+            if model_map.mask is not None and model_map.pattern is not None:
+                packed = PackedSparseHead.from_mask(codes, model_map.mask, model_map.pattern, bias, scale=scale,
+                                                    activations=activations, act_scale=act_scale, transform=stored)
+            else:
+                packed = PackedHead.from_float(weight_VD, bias, weights=_weights(format_), activations=activations,
+                                               act_scale=act_scale, transform=stored, codes=codes, scale=scale)
             report["head.sqnr_db"] = _rounded(weight_sqnr_db(weight_VD, codes, scales, grid))
         set_module(model_map.host, model_map.head.path, packed)
         return report
+
+
+def _check_sparse(where: str, tensor: str, format_: MapFormat, pattern: Pattern | None) -> None:
+    """Raise UserError where a sparse weight would be stored as what sparse values are not."""
+    if pattern is not None and format_.weights != "int8":
+        raise UserError(f"{where} is {pattern} sparse, and sparse values are stored as int8 or fp16, not "
+                        f"{format_.weights}",
+                        f"give it int8 with `overrides`, or leave {tensor} out of quantize's maps for fp16")
 
 
 def packed_bytes(shape: torch.Size, format_: MapFormat, pattern: Pattern | None = None) -> int:

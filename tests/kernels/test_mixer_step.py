@@ -102,7 +102,7 @@ def sparse(weight: Tensor, bias_O: Tensor | None, form: str) -> Matrix:
     mask = nm_mask(weight.abs(), pattern)
     stream = pack_stream(kept_values(linear.codes(), mask), mask, pattern.keep, pattern.of)
     return Matrix(stream, linear.bias, linear.scale, activation=activations.mode, act_scale=linear.act_scale,
-                  pattern=(pattern.keep, pattern.of), columns=weight.shape[1])
+                  pattern=(pattern.keep, pattern.of), shape=tuple(weight.shape))
 
 
 def rotation(size: int, block: int) -> Rotation:
