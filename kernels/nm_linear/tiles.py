@@ -48,7 +48,8 @@ def pack_stream(values_OV: Tensor, mask_OI: Tensor, keep: int, of: int) -> Tenso
     """The stream, ``stream_bytes`` long, of int8 or float values and a bool mask, as ``kept_values`` and
     ``unpack_positions`` give them.
     """
-    room = torch.zeros(stream_bytes(*mask_OI.shape, keep, of, values_OV.element_size()), dtype=torch.uint8)
+    outputs, inputs = mask_OI.shape
+    room = torch.zeros(stream_bytes(outputs, inputs, keep, of, values_OV.element_size()), dtype=torch.uint8)
     return fill_stream(room, values_OV, mask_OI, keep, of)
 
 

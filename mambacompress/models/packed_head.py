@@ -6,12 +6,15 @@ Legend: V vocabulary, D d_model.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mambacompress.models.packed_weight import ActivationFormat, Stored, static_scale
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class HeadParts(Stored):
@@ -30,7 +33,7 @@ class HeadParts(Stored):
         self.register_buffer("bias", torch.zeros(self.rows) if bias else None)
 
     @classmethod
-    def sharing(cls, embedding: Stored, *, activations: ActivationFormat, act_scale: Tensor | float | None = None,
+    def sharing(cls, embedding: nn.Module, *, activations: ActivationFormat, act_scale: Tensor | float | None = None,
                 transform: Tensor | None = None, bias: Tensor | None = None) -> Self:
         """A tied head on the embedding's tensors."""
         with torch.device("meta"):

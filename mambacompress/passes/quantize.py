@@ -288,15 +288,16 @@ class Quantize(Pass):
     @torch.no_grad()
     def apply_head(self, model_map: ModelMap, calibration: Calibration) -> dict[str, Any]:
         format_, head, embedding = self.config.of("head"), model_map.head.module, model_map.embedding.module
-        tied = model_map.tied and isinstance(embedding, PackedEmbedding | PackedSparseEmbedding)
-        if format_ is None or (model_map.tied and not tied):
+        packs = model_map.tied and isinstance(embedding, PackedEmbedding | PackedSparseEmbedding)
+        shared: Any = embedding if packs else None
+        if format_ is None or (model_map.tied and shared is None):
             return {}
         transform = head.transform if isinstance(head, TransformedHead) else None
         inputs = (model_map.final_norm(h_BLD).flatten(0, 1) for h_BLD in calibration.batches())
         activations = _activations(format_)
         report: dict[str, Any] = {}
         # A tied head multiplies the embedding's codes; its own float weight is gone by now.
-        weight_VD = embedding.dequantize() if tied else model_map.head.weight.data
+        weight_VD = model_map.head.weight.data if shared is None else shared.dequantize()
         act_scale = None
         if activations.mode == "tensor":
             sample = RowSample(512)
@@ -306,9 +307,9 @@ class Quantize(Pass):
             report = {"head.act_scale": _rounded(act_scale, 6), "head.percentile": percentile}
         stored = None if transform is None else half_if_harmless(transform)
         packed: PackedHead | PackedSparseHead
-        if tied:
-            kind = PackedSparseHead if isinstance(embedding, PackedSparseEmbedding) else PackedHead
-            packed = kind.sharing(embedding, activations=activations, act_scale=act_scale, transform=stored)
+        if shared is not None:
+            kind = PackedSparseHead if isinstance(shared, PackedSparseEmbedding) else PackedHead
+            packed = kind.sharing(shared, activations=activations, act_scale=act_scale, transform=stored)
         else:
             grid, bias = _grid(format_), getattr(head, "bias", None)
             codes, scales = self._round_end(model_map, weight_VD, grid, "the head", shared=True)
