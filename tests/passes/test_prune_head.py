@@ -11,9 +11,9 @@ import torch
 import mambacompress as mc
 from mambacompress import nm
 from mambacompress.errors import CheckFailed, UserError
-from mambacompress.kernels import registry
+from mambacompress.kernels import native, registry
 from mambacompress.models.lm import LanguageModel
-from mambacompress.models.packed import PackedSparseEmbedding, PackedSparseHead
+from mambacompress.models.packed import PackedSparseEmbedding, PackedSparseHead, SparseWeight
 from mambacompress.nm import Pattern
 from mambacompress.passes.hessian import output_error
 from mambacompress.recipe import load_recipe
@@ -121,6 +121,24 @@ def test_a_tied_head_is_pruned_for_the_inputs_it_has(make_host: Any, tiny_tokeni
     H_DD = x_TD.T @ x_TD * 2 / len(x_TD)
     error = output_error(W_VD, nm.pruned(W_VD, mask), H_DD)
     assert made.manifest["records"]["embedding"]["prune.head.error"] == pytest.approx(error, rel=2e-2)
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 8)])
+@pytest.mark.parametrize("after", [[], [INT8]], ids=["fp16", "int8"])
+def test_a_loaded_model_holds_its_values_once(tiny_mamba: Any, tiny_tokenizer: Any, after: list[Any],
+                                              pattern: tuple[int, int]) -> None:
+    """One memory for everything, in lines of 64 bytes: of sparse weights the streams, and nothing else."""
+    made = made_of(tiny_mamba, tiny_tokenizer, [head(keep=pattern[0], of=pattern[1]), *after])
+    host, stored = mc.load(made.directory), mc.storage.stored_tensors(made.directory / "model.safetensors")
+    sparse = {name: m for name, m in host.named_modules() if isinstance(m, SparseWeight) and name != "lm_head"}
+    rows = {f"{name}.{leaf}" for name, m in sparse.items() for leaf in ("values", m.form)}
+    assert len(rows) == 2 * 3
+    expected = [entry.size for name, entry in stored.items() if name not in rows]
+    expected += [module.stream_bytes() for module in sparse.values()]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in (*host.parameters(), *host.buffers()) if t.numel()}
+    if native.library() is not None:
+        assert list(held.values()) == [sum(-(-size // 64) * 64 for size in expected)]
 
 
 def test_a_damaged_mask_names_the_embedding(tiny_mamba: Any, tiny_tokenizer: Any) -> None:
