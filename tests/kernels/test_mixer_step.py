@@ -104,8 +104,8 @@ def sparse(weight: Tensor, bias_O: Tensor | None, form: str) -> Matrix:
     mask = nm_mask(weight.abs(), pattern)
     kept = kept_values(linear.codes() if values == torch.int8 else weight.to(values), mask)
     return Matrix(pack_stream(kept, mask, pattern.keep, pattern.of), linear.bias,
-                  linear.scale if values == torch.int8 else None, activation=activations.mode, act_scale=linear.act_scale,
-                  pattern=(pattern.keep, pattern.of), shape=tuple(weight.shape))
+                  linear.scale if values == torch.int8 else None, activation=activations.mode,
+                  act_scale=linear.act_scale, pattern=(pattern.keep, pattern.of), shape=tuple(weight.shape))
 
 
 def rotation(size: int, block: int) -> Rotation:

@@ -1,4 +1,4 @@
-"""A head pruned to an N:M pattern: tied to the embedding it is one tensor, looked up and multiplied, in file and memory."""
+"""A head pruned to an N:M pattern: tied to the embedding it is one tensor, in the file, in memory and in use."""
 
 from __future__ import annotations
 
