@@ -55,10 +55,10 @@ struct Tasks {
     Tasks(const Linear& linear, Weights kind) : p(linear), weights(kind), shape(PLAIN), width(16), chunk(4) {
         if (floats()) shape = FLOAT, width = 4, chunk = 8;
         if (floats() && weights == SPARSE) width = TILE_OUTPUTS, chunk = 2;
-        const bool few = p.rows <= FEW_FLOAT_ROWS;
-        if ((weights == FLOATS && !few) || weights == SPARSE_FLOATS) shape = FLOAT_PANELS, width = PANEL_OUTPUTS, chunk = 1;
+        if (weights == SPARSE_FLOATS) shape = FLOAT_LANES, width = TILE_OUTPUTS, chunk = 2;
+        if ((weights == FLOATS || weights == SPARSE_FLOATS) && p.rows > FEW_FLOAT_ROWS)
+            shape = FLOAT_PANELS, width = PANEL_OUTPUTS, chunk = 1;
 #if MC_WIDTH == 16
-        if (weights == SPARSE_FLOATS && few) shape = FLOAT_LANES, width = TILE_OUTPUTS, chunk = 2;
         const bool aligned = weights == BYTES || weights == SPARSE || (weights == NIBBLES && p.inputs / p.groups % 8 == 0);
         if (floats() && p.tiled) shape = FLOAT_TILES, width = TILE_OUTPUTS, chunk = 2;
         else if (!floats() && aligned) shape = TILES;
@@ -95,6 +95,7 @@ struct Tasks {
             else expand_panel(p, at.first, panel);
             return panel_outputs(p, rows, at.start, at.end, at.first, panel);
         }
+        if (shape == FLOAT_LANES) return lane_outputs(p, rows, task * width);
         if (shape == PLAIN) {
             const int64_t first = task * width;
             if (weights == SPARSE) expand_rows(p, first, work.panel.get());
@@ -102,7 +103,6 @@ struct Tasks {
                                  std::min(p.outputs, first + width), work.unpacked.get(), work.gathered.get());
         }
 #if MC_WIDTH == 16
-        if (shape == FLOAT_LANES) return nm_float_rows<FEW_FLOAT_ROWS>(p, rows, 0, p.rows, task * width);
         if (shape == FLOAT_TILES) return run_float_tile(rows, task * width, work);
         run_tiles(rows, task, work);
 #endif

@@ -1,9 +1,9 @@
 // Tiles of float weights of which `keep` of every `of` inputs are stored, for the level under which this file is included.
 //
 // The stream is that of nm_tiles.h with values of fp32, bf16 or fp16 (Linear::scale_dtype) and another order inside a quad: bit
-// 16 b + o of its mask is input b of output o, so that sixteen bits are what one input is to the outputs of a tile. With few rows
-// (AVX-512) vexpandps puts an input's values into their lanes, and they are multiplied from there. More rows, and other levels,
-// expand into a panel of float_tiles.h. Both sum the inputs of an output in order: a row's result does not depend on the others.
+// 16 b + o of its mask is input b of output o, so that sixteen bits are what one input is to the outputs of a tile. An input's
+// values are put into their lanes in registers; few rows are multiplied from there, more from a panel of float_tiles.h. Both sum
+// the inputs of an output in order: a row's result does not depend on the others.
 //
 // No include guard: see simd.h.
 namespace MC_LEVEL {
@@ -29,79 +29,128 @@ static inline void nm_row(const Linear& p, int64_t output, float* to) {
     }
 }
 
-#if MC_WIDTH == 16
+constexpr int PARTS = TILE_OUTPUTS / W;               // vectors of an input's weights
+constexpr int LANE_ROWS = MC_WIDTH == 16 ? 8 : 4;     // rows in registers, as many accumulators each
 
-// put(input, its weights) for the inputs of the tile from `first`, in order.
+#if MC_WIDTH == 8
+// Of every mask of eight lanes, which value goes where; the sign says none.
+struct LanePlaces {
+    int8_t of[256][8] = {};
+    constexpr LanePlaces() {
+        for (int mask = 0; mask < 256; ++mask)
+            for (int lane = 0, next = 0; lane < 8; ++lane) of[mask][lane] = mask >> lane & 1 ? int8_t(next++) : int8_t(-1);
+    }
+};
+alignas(64) constexpr LanePlaces LANE_PLACES;
+#endif
+
+// The first values in the lanes of the mask, zeros in the others.
+MC_INLINE V in_lanes(V values, uint32_t mask) {
+#if MC_WIDTH == 16
+    return {_mm512_maskz_expand_ps(__mmask16(mask), values.v)};
+#elif MC_WIDTH == 8
+    const __m256i places = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(LANE_PLACES.of[mask])));
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(values.v, places), _mm256_setzero_ps(), _mm256_castsi256_ps(places))};
+#else
+    float from[W], to[W];
+    store(from, values);
+    for (int lane = 0, next = 0; lane < W; ++lane) to[lane] = mask >> lane & 1 ? from[next++] : 0.0f;
+    return load(to);
+#endif
+}
+
+// put(input, its weights as PARTS vectors) for the inputs of the tile that `first` is in, in order.
 template <int DTYPE, typename Put>
 MC_INLINE void each_input(const Linear& p, int64_t first, Put put) {
-    const NmLayout at(p, DTYPE == F32 ? 4 : 2);
+    constexpr int64_t SIZE = DTYPE == F32 ? 4 : 2;
+    const NmLayout at(p, SIZE);
     const uint8_t* tile = at.tile(p, first);
     for (int64_t q = 0; q < at.quads; q += at.block, tile += at.block_bytes) {
         const uint8_t* value = tile + 8 * at.block;
-        for (int64_t i = 0; i < at.block_bytes; i += 64) _mm_prefetch(tile + i + AHEAD, _MM_HINT_T1);
+        for (int64_t i = 0; i < at.block_bytes; i += 64) __builtin_prefetch(tile + i + AHEAD, 0, 2);
         for (int64_t i = 0; i < std::min(at.block, at.quads - q); ++i) {
-            const uint64_t mask = mask_at(tile + 8 * i);
+            uint64_t mask = mask_at(tile + 8 * i);
             MC_UNROLL(4)
             for (int b = 0; b < 4; ++b) {
-                const __mmask16 kept = __mmask16(mask >> TILE_OUTPUTS * b);
-                put(4 * (q + i) + b, V{_mm512_maskz_expand_ps(kept, load_any(value, 0, DTYPE, W).v)});
-                value += __builtin_popcount(kept) * (DTYPE == F32 ? 4 : 2);
+                V w[PARTS];
+                MC_UNROLL(4)
+                for (int part = 0; part < PARTS; ++part, mask >>= W) {
+                    const uint32_t kept = uint32_t(mask) & ((1u << W) - 1);
+                    w[part] = in_lanes(load_any(value, 0, DTYPE, W), kept);
+                    value += __builtin_popcount(kept) * SIZE;
+                }
+                put(4 * (q + i) + b, w);
             }
         }
     }
 }
 
-// R rows from m by the tile from `first`. Rows hold zeros behind their inputs, up to a whole vector.
+// R rows from m by the tile from `first`. Rows hold zeros behind their inputs, up to a whole quad.
 template <int R, int DTYPE>
-static __attribute__((noinline)) void nm_float_tile(const Linear& p, Rows& rows, int64_t m, int64_t first) {
+static __attribute__((noinline)) void lane_tile(const Linear& p, Rows& rows, int64_t m, int64_t first) {
     const float* x = rows.floats.get() + m * rows.stride;
     const int64_t stride = rows.stride;
-    V acc[R];
+    V acc[R][PARTS];
     MC_UNROLL(8)
-    for (int r = 0; r < R; ++r) acc[r] = zero();
-    each_input<DTYPE>(p, first, [&](int64_t k, V w) MC_LAMBDA {
+    for (int r = 0; r < R; ++r) {
+        MC_UNROLL(4)
+        for (int part = 0; part < PARTS; ++part) acc[r][part] = zero();
+    }
+    each_input<DTYPE>(p, first, [&](int64_t k, const V* w) MC_LAMBDA {
         MC_UNROLL(8)
-        for (int r = 0; r < R; ++r) acc[r] = fma(set1(x[r * stride + k]), w, acc[r]);
+        for (int r = 0; r < R; ++r) {
+            const V value = set1(x[r * stride + k]);
+            MC_UNROLL(4)
+            for (int part = 0; part < PARTS; ++part) acc[r][part] = fma(value, w[part], acc[r][part]);
+        }
     });
-    const __mmask16 mask = lanes(p.outputs - first);
-    const V bias = p.bias ? V{_mm512_maskz_loadu_ps(mask, p.bias + first)} : zero();
-    MC_UNROLL(8)
-    for (int r = 0; r < R; ++r)
-        put(p.y, (m + r) * p.y_row + first, p.y_dtype, (p.bias ? acc[r] + bias : acc[r]).v, mask);
+    MC_UNROLL(4)
+    for (int part = 0; part < PARTS; ++part) {
+        const int64_t at = first + part * W;
+        const int count = int(std::min<int64_t>(W, p.outputs - at));
+        if (count <= 0) return;
+        const V bias = p.bias ? load_part(p.bias + at, count) : zero();
+        MC_UNROLL(8)
+        for (int r = 0; r < R; ++r) {
+            const V y = p.bias ? acc[r][part] + bias : acc[r][part];
+            store_any(p.y, (m + r) * p.y_row + at, int(p.y_dtype), y, count);
+        }
+    }
 }
 
 // `count` rows, at most R.
 template <int DTYPE, int R>
-static inline void nm_float_rows(const Linear& p, Rows& rows, int64_t m, int64_t count, int64_t first) {
-    if (count == R) return nm_float_tile<R, DTYPE>(p, rows, m, first);
-    if constexpr (R > 1) nm_float_rows<DTYPE, R - 1>(p, rows, m, count, first);
+static inline void lane_rest(const Linear& p, Rows& rows, int64_t m, int64_t count, int64_t first) {
+    if constexpr (R > 0) {
+        if (count == R) lane_tile<R, DTYPE>(p, rows, m, first);
+        else lane_rest<DTYPE, R - 1>(p, rows, m, count, first);
+    }
 }
 
-template <int R>
-static inline void nm_float_rows(const Linear& p, Rows& rows, int64_t m, int64_t count, int64_t first) {
-    if (p.scale_dtype == F16) nm_float_rows<F16, R>(p, rows, m, count, first);
-    else if (p.scale_dtype == BF16) nm_float_rows<BF16, R>(p, rows, m, count, first);
-    else nm_float_rows<F32, R>(p, rows, m, count, first);
+// All rows, few as they are, by the tile from `first`.
+template <int DTYPE>
+static inline void lane_outputs(const Linear& p, Rows& rows, int64_t first) {
+    int64_t m = 0;
+    for (; m + LANE_ROWS <= p.rows; m += LANE_ROWS) lane_tile<LANE_ROWS, DTYPE>(p, rows, m, first);
+    lane_rest<DTYPE, LANE_ROWS - 1>(p, rows, m, p.rows - m, first);
 }
 
-#endif
+static inline void lane_outputs(const Linear& p, Rows& rows, int64_t first) {
+    if (p.scale_dtype == F16) lane_outputs<F16>(p, rows, first);
+    else if (p.scale_dtype == BF16) lane_outputs<BF16>(p, rows, first);
+    else lane_outputs<F32>(p, rows, first);
+}
 
-// Outputs [first, first + PANEL_OUTPUTS) as pack_panel brings those of a dense weight.
+// Outputs [first, first + PANEL_OUTPUTS) as pack_panel brings those of a dense weight: two tiles, one, or half of one.
 template <int DTYPE>
 static inline void expand_panel(const Linear& p, int64_t first, float* panel) {
-#if MC_WIDTH == 16
-    for (int64_t part = 0; part < PANEL_OUTPUTS && first + part < p.outputs; part += TILE_OUTPUTS)
-        each_input<DTYPE>(p, first + part, [&](int64_t k, V w) MC_LAMBDA { store(panel + k * PANEL_OUTPUTS + part, w); });
-#else
-    const NmLayout at(p, DTYPE == F32 ? 4 : 2);
-    const int64_t from = first % TILE_OUTPUTS;  // a panel may be half of a tile
-    std::memset(panel, 0, size_t(4 * at.quads * PANEL_OUTPUTS) * sizeof(float));
-    each_stored(at, at.tile(p, first), [&](int64_t q, int place, const uint8_t* value) MC_LAMBDA {
-        const int64_t output = place % TILE_OUTPUTS - from;
-        if (output >= 0 && output < PANEL_OUTPUTS)
-            panel[(4 * q + place / TILE_OUTPUTS) * PANEL_OUTPUTS + output] = load_one(value, 0, DTYPE);
-    });
-#endif
+    constexpr int64_t STEP = std::min<int64_t>(PANEL_OUTPUTS, TILE_OUTPUTS);
+    for (int64_t from = 0; from < PANEL_OUTPUTS && first + from < p.outputs; from += STEP) {
+        const int64_t skipped = first % TILE_OUTPUTS / W;
+        each_input<DTYPE>(p, first + from, [&](int64_t k, const V* w) MC_LAMBDA {
+            for (int64_t part = 0; part < STEP / W; ++part) store(panel + k * PANEL_OUTPUTS + from + part * W, w[skipped + part]);
+        });
+    }
 }
 
 static inline void expand_panel(const Linear& p, int64_t first, float* panel) {

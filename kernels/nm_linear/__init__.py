@@ -145,5 +145,5 @@ def check() -> tuple[float, float]:
 
 
 __all__ = ["FLOATS", "TOLERANCE", "check", "expand", "expand_stream", "fill_stream", "index_bits", "kept_values",
-           "nm_linear", "nm_linear_reference", "nm_linear_stream", "nm_rows", "pack_positions", "pack_stream", "position_bytes",
-           "position_form", "stream_bytes", "stream_rows", "unpack_positions", "unpack_stream"]
+           "nm_linear", "nm_linear_reference", "nm_linear_stream", "nm_rows", "pack_positions", "pack_stream",
+           "position_bytes", "position_form", "stream_bytes", "stream_rows", "unpack_positions", "unpack_stream"]
