@@ -29,8 +29,8 @@ static inline void nm_row(const Linear& p, int64_t output, float* to) {
     }
 }
 
-constexpr int PARTS = TILE_OUTPUTS / W;               // vectors of an input's weights
-constexpr int LANE_ROWS = MC_WIDTH == 16 ? 8 : 4;     // rows in registers, as many accumulators each
+constexpr int PARTS = TILE_OUTPUTS / W;            // vectors of an input's weights
+constexpr int LANE_ROWS = MC_WIDTH == 16 ? 8 : 4;  // rows in registers, PARTS accumulators each
 
 #if MC_WIDTH == 8
 // Of every mask of eight lanes, which value goes where; the sign says none.

@@ -33,14 +33,13 @@ MC_INLINE uint64_t mask_at(const uint8_t* at) {
     return mask;
 }
 
-// put(quad, place in it, where its value is) for every stored value of a tile.
+// put(quad, place in it, byte) for every stored byte of a tile.
 template <typename Put>
 static inline void each_stored(const NmLayout& at, const uint8_t* tile, Put put) {
     for (int64_t q = 0; q < at.quads; q += at.block, tile += at.block_bytes) {
         const uint8_t* value = tile + 8 * at.block;
         for (int64_t i = 0; i < std::min(at.block, at.quads - q); ++i)
-            for (uint64_t mask = mask_at(tile + 8 * i); mask; mask &= mask - 1, value += at.size)
-                put(q + i, __builtin_ctzll(mask), value);
+            for (uint64_t mask = mask_at(tile + 8 * i); mask; mask &= mask - 1) put(q + i, __builtin_ctzll(mask), *value++);
     }
 }
 
@@ -48,8 +47,8 @@ static inline void each_stored(const NmLayout& at, const uint8_t* tile, Put put)
 static inline void expand_rows(const Linear& p, int64_t first, uint8_t* to) {
     const NmLayout at(p);
     std::memset(to, 0, size_t(TILE_OUTPUTS * p.inputs));
-    each_stored(at, at.tile(p, first), [&](int64_t q, int place, const uint8_t* value) MC_LAMBDA {
-        if (4 * q + place % 4 < p.inputs) to[place / 4 * p.inputs + 4 * q + place % 4] = *value;
+    each_stored(at, at.tile(p, first), [&](int64_t q, int place, uint8_t byte) MC_LAMBDA {
+        if (4 * q + place % 4 < p.inputs) to[place / 4 * p.inputs + 4 * q + place % 4] = byte;
     });
 }
 
@@ -83,7 +82,7 @@ static inline void expand_tile(const Linear& p, int64_t first, uint8_t* to) {
     const uint8_t* tile = at.tile(p, first);
     if (!expands_bytes()) {
         std::memset(to, 0, size_t(at.quads * 64));
-        each_stored(at, tile, [&](int64_t q, int place, const uint8_t* value) MC_LAMBDA { to[q * 64 + place] = *value; });
+        each_stored(at, tile, [&](int64_t q, int place, uint8_t byte) MC_LAMBDA { to[q * 64 + place] = byte; });
         return;
     }
     for (int64_t q = 0; q < at.quads; q += at.block, tile += at.block_bytes) {

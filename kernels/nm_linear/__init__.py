@@ -34,7 +34,6 @@ from mambacompress.kernels.nm_linear.tiles import (
     fill_stream,
     pack_stream,
     stream_bytes,
-    stream_rows,
     unpack_stream,
 )
 from mambacompress.kernels.tolerances import rms_ratio
@@ -146,4 +145,4 @@ def check() -> tuple[float, float]:
 
 __all__ = ["FLOATS", "TOLERANCE", "check", "expand", "expand_stream", "fill_stream", "index_bits", "kept_values",
            "nm_linear", "nm_linear_reference", "nm_linear_stream", "nm_rows", "pack_positions", "pack_stream",
-           "position_bytes", "position_form", "stream_bytes", "stream_rows", "unpack_positions", "unpack_stream"]
+           "position_bytes", "position_form", "stream_bytes", "unpack_positions", "unpack_stream"]

@@ -193,7 +193,7 @@ class Prune(Pass):
 
     def _prune_head(self, model_map: ModelMap, H_DD: Tensor) -> dict[str, Any]:
         """Some rows at a time: each is pruned for itself, and there are tens of thousands."""
-        weight, done, wrong, energy = model_map.head.weight, [], 0.0, 0.0
+        weight, done, wrong, energy, damp = model_map.head.weight, [], 0.0, 0.0, None
         for rows_RD in weight.data.split(_ROWS):
             W_RD = checked_weight(rows_RD, "the head")
             sparse = self._sparse(W_RD, H_DD, "the head")
@@ -204,11 +204,13 @@ class Prune(Pass):
             wrong += row_error(W_RD, rows_RD.double(), H_DD).sum().item()
             energy += ((W_RD @ H_DD) * W_RD).sum().item()
             done.append((sparse.mask, sparse.codes, sparse.scales))
+            damp = sparse.damp
         masks, codes, scales = zip(*done, strict=True)
         model_map.mask = torch.cat(masks)
         if self.config.round == "int8":
             model_map.rounded = torch.cat(codes), torch.cat(scales)
-        return {"head.pattern": str(self.pattern), "head.error": float(f"{wrong / max(energy, 1e-300):.6g}")}
+        report = {"head.pattern": str(self.pattern), "head.error": float(f"{wrong / max(energy, 1e-300):.6g}")}
+        return report if damp in (None, self.config.damp) else report | {"head.damp": damp}
 
     def finish_embedding(self, model_map: ModelMap) -> None:
         weight, mask_VD, pattern = model_map.embedding.weight, model_map.mask, model_map.pattern
