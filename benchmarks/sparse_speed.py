@@ -3,9 +3,8 @@
     python -m benchmarks.sparse_speed --sizes 130m,370m --threads 1,2 --out sparse_speed.json
 
 A random-weight checkpoint of a published size is quantized to w8a8 (``benchmarks.checkpoints``). Of every group of its
-int8 codes the largest magnitudes stay, in in_proj and out_proj, or in the head as well; everything else is the dense
-model's. Speed does not care which weights stay. A sparse head is a tensor of its own beside the dense embedding, whose
-rows are looked up one a token: that is what would be read of a tied one, but takes more memory.
+int8 codes the largest magnitudes stay, in in_proj and out_proj, or in the head as well, with which goes the embedding
+that is tied to it; everything else is the dense model's. Speed does not care which weights stay.
 
 Before anything is timed, the sparse model's logits are compared with those of its weights expanded: same bits, or the
 benchmark stops. A ratio is of two rates of the same round; medians and quartiles over the rounds. Bytes are those
@@ -31,7 +30,16 @@ from mambacompress.bench.summary import Spread
 from mambacompress.eval import environment
 from mambacompress.models.lm import LanguageModel, generate
 from mambacompress.models.modelmap import set_module
-from mambacompress.models.packed import PackedHead, PackedLinear, PackedSparseLinear, rearrange
+from mambacompress.models.packed import (
+    PackedEmbedding,
+    PackedHead,
+    PackedLinear,
+    PackedSparseEmbedding,
+    PackedSparseHead,
+    PackedSparseLinear,
+    SparseWeight,
+    rearrange,
+)
 from mambacompress.nm import Pattern, nm_mask
 
 DENSE = "dense"
@@ -58,35 +66,56 @@ GOALS = (  # variant, measure, at least
 def pruned(artifact: Path, variant: Variant) -> tuple[Any, dict[str, float]]:
     """The model with sparse linears, checked against itself with dense ones, and its bytes over the dense model's."""
     model = mc.load(artifact)
-    lm = LanguageModel.of(model)
-    chosen = {name: module for name, module in model.named_modules()
-              if isinstance(module, PackedLinear) and name.endswith(MAPS)}
+    pattern = Pattern.parse(variant.pattern)
+    chosen: dict[str, PackedLinear | PackedEmbedding] = {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, PackedLinear) and name.endswith(MAPS)}
     if variant.head:
-        head = lm.model_map.head
-        if not isinstance(head.module, PackedHead) or head.module.transform is not None:
-            raise ValueError("only a packed head without a transform can be pruned here")
-        chosen[head.path] = head.module
-    pattern, stored, read, dense = Pattern.parse(variant.pattern), 0, 0, 0
-    sparse: dict[str, PackedSparseLinear] = {}
+        table = LanguageModel.of(model).model_map.embedding
+        if not isinstance(table.module, PackedEmbedding):
+            raise ValueError("only a packed embedding with a head that is tied to it can be pruned here")
+        chosen[table.path] = table.module
+    sparse: dict[str, SparseWeight] = {}
+    stored, read, dense = 0, 0, 0
     for name, module in chosen.items():
         codes_OI = module.codes()
         mask_OI = nm_mask(codes_OI.abs(), pattern)
-        codes_OI = codes_OI.masked_fill(~mask_OI, 0)
-        sparse[name] = PackedSparseLinear.from_mask(codes_OI, mask_OI, pattern, module.bias, scale=module.scale,
-                                                    activations=module.activations, act_scale=module.act_scale)
-        twin = PackedLinear.from_float(None, module.bias, weights=module.weights, activations=module.activations,
-                                       act_scale=module.act_scale, codes=codes_OI, scale=module.scale)
+        sparse[name], twin = _pair(module, codes_OI.masked_fill(~mask_OI, 0), mask_OI, pattern)
         set_module(model, name, twin)
         stored, dense = stored + sparse[name].nbytes(), dense + twin.nbytes()
         read += sparse[name].stream_bytes() + 4 * sparse[name].rows
-    ids = torch.arange(1, 41)[None] % lm.vocabulary
+    _tie(model)
+    ids = torch.arange(1, 41)[None] % LanguageModel.of(model).vocabulary
     expected = _logits(model, ids)
-    for name, module in sparse.items():
-        set_module(model, name, module)
+    for name, weight in sparse.items():
+        set_module(model, name, weight)
+    _tie(model)
     rearrange(model)
     if not torch.equal(_logits(model, ids), expected):
         raise RuntimeError(f"{variant}: the sparse linears do not answer as their dense weights do")
     return model, {"stored": stored / dense, "read": read / dense}
+
+
+def _pair(module: PackedLinear | PackedEmbedding, codes_OI: Tensor, mask_OI: Tensor,
+          pattern: Pattern) -> tuple[SparseWeight, PackedLinear | PackedEmbedding]:
+    """A module with these codes, stored sparse and stored dense."""
+    if isinstance(module, PackedEmbedding):
+        return (PackedSparseEmbedding.from_mask(codes_OI, mask_OI, pattern, scale=module.scale),
+                PackedEmbedding.from_float(codes_OI, weights=module.weights, codes=codes_OI, scale=module.scale))
+    meets: dict[str, Any] = {"activations": module.activations, "act_scale": module.act_scale, "scale": module.scale}
+    return (PackedSparseLinear.from_mask(codes_OI, mask_OI, pattern, module.bias, **meets),
+            PackedLinear.from_float(None, module.bias, weights=module.weights, codes=codes_OI, **meets))
+
+
+def _tie(model: nn.Module) -> None:
+    """Put a head on the embedding as it is now, with what the old head had beside its weight."""
+    ends = LanguageModel.of(model).model_map
+    embedding, head = ends.embedding.module, ends.head.module
+    if not isinstance(head, PackedHead | PackedSparseHead):
+        raise ValueError("only a packed head can be tied here")
+    kind = PackedSparseHead if isinstance(embedding, PackedSparseEmbedding) else PackedHead
+    set_module(model, ends.head.path, kind.sharing(embedding, activations=head.activations, act_scale=head.act_scale,
+                                                   transform=head.transform, bias=head.bias))
 
 
 @torch.inference_mode()

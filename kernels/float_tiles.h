@@ -170,8 +170,7 @@ static inline void panel_rest(const Linear& p, Rows& rows, int64_t m, int64_t co
     }
 }
 
-static inline void panel_outputs(const Linear& p, Rows& rows, int64_t m, int64_t end, int64_t first, float* panel) {
-    pack_panel(p, first, panel);
+static inline void panel_outputs(const Linear& p, Rows& rows, int64_t m, int64_t end, int64_t first, const float* panel) {
     for (; m + PANEL_ROWS <= end; m += PANEL_ROWS) panel_tile<PANEL_ROWS>(p, rows, m, first, panel);
     panel_rest<PANEL_ROWS - 1>(p, rows, m, end - m, first, panel);
 }

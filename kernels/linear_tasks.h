@@ -8,6 +8,7 @@
 #include "int4_tiles.h"
 #include "nm_tiles.h"
 #include "float_tiles.h"
+#include "nm_float_tiles.h"
 
 namespace MC_LEVEL {
 
@@ -16,8 +17,8 @@ constexpr int64_t FEW_ROWS = TILE_ROWS;  // up to so many, a tile at a time: wha
 
 constexpr int64_t FEW_FLOAT_ROWS = 8;  // the same of floats
 
-// Rows of fp32, bf16 or fp16; int8; int4 in groups; N:M sparse int8.
-enum Weights : int64_t { FLOATS = 0, BYTES = 1, NIBBLES = 2, SPARSE = 3 };
+// Rows of fp32, bf16 or fp16; int8; int4 in groups; N:M sparse int8; N:M sparse fp32, bf16 or fp16.
+enum Weights : int64_t { FLOATS = 0, BYTES = 1, NIBBLES = 2, SPARSE = 3, SPARSE_FLOATS = 4 };
 
 // What a thread needs to run the tasks of linears up to this size.
 struct Workspace {
@@ -47,7 +48,7 @@ struct Workspace {
 
 // How one linear is cut and run.
 struct Tasks {
-    enum Shape { FLOAT, FLOAT_PANELS, FLOAT_TILES, PLAIN, TILES };
+    enum Shape { FLOAT, FLOAT_PANELS, FLOAT_TILES, FLOAT_LANES, PLAIN, TILES };
 
     Linear p;
     Weights weights;
@@ -61,7 +62,9 @@ struct Tasks {
     Tasks(const Linear& linear, Weights kind) : p(linear), weights(kind), shape(PLAIN), width(16), chunk(4) {
         if (floats()) shape = FLOAT, width = 4, chunk = 8;
         if (floats() && weights == SPARSE) width = TILE_OUTPUTS, chunk = 2;
-        if (weights == FLOATS && p.rows > FEW_FLOAT_ROWS) shape = FLOAT_PANELS, width = PANEL_OUTPUTS, chunk = 1;
+        if (weights == SPARSE_FLOATS) shape = FLOAT_LANES, width = TILE_OUTPUTS, chunk = 2;
+        if ((weights == FLOATS || weights == SPARSE_FLOATS) && p.rows > FEW_FLOAT_ROWS)
+            shape = FLOAT_PANELS, width = PANEL_OUTPUTS, chunk = 1;
 #if MC_WIDTH == 16
         const bool aligned = weights == BYTES || weights == SPARSE || (weights == NIBBLES && p.inputs / p.groups % 8 == 0);
         if (floats() && p.tiled) shape = FLOAT_TILES, width = TILE_OUTPUTS, chunk = 2;
@@ -74,7 +77,7 @@ struct Tasks {
         worth = shape == FLOAT ? ceil_div(count, 8) : p.rows <= FEW_ROWS ? ceil_div(count * p.inputs, 1 << 13) : count;
     }
 
-    bool floats() const { return weights == FLOATS || p.activation == 2; }
+    bool floats() const { return weights == FLOATS || weights == SPARSE_FLOATS || p.activation == 2; }
     void shape_rows(Rows& rows) const {
         rows.shape(p.rows, p.inputs, floats() ? 1 : p.groups, weights == NIBBLES && shape != PLAIN && !floats());
     }
@@ -94,8 +97,12 @@ struct Tasks {
         if (shape == FLOAT) return run_floats(rows, task * width, work);
         if (shape == FLOAT_PANELS) {
             const Stripe at(*this, task, PANEL_ROWS);
-            return panel_outputs(p, rows, at.start, at.end, at.first, work.widened.get());
+            float* panel = work.widened.get();
+            if (weights == FLOATS) pack_panel(p, at.first, panel);
+            else expand_panel(p, at.first, panel);
+            return panel_outputs(p, rows, at.start, at.end, at.first, panel);
         }
+        if (shape == FLOAT_LANES) return lane_outputs(p, rows, task * width);
         if (shape == PLAIN) {
             const int64_t first = task * width;
             if (weights == SPARSE) expand_rows(p, first, work.panel.get());

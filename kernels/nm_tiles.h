@@ -13,13 +13,13 @@ namespace MC_LEVEL {
 
 constexpr int MAX_BLOCK = 64;  // quads: the largest `of` is odd and below 64
 
-// How the tiles of a weight lie.
+// How the tiles of a weight lie. size: bytes of a value.
 struct NmLayout {
-    int64_t quads, block, block_bytes, tile_bytes;  // quads: of a row, the last block's filled up or not; block: in quads
+    int64_t size, quads, block, block_bytes, tile_bytes;  // quads: of a row, the last block's filled up or not; block: in quads
 
-    explicit NmLayout(const Linear& p) : quads(ceil_div(p.inputs, 4)) {
+    explicit NmLayout(const Linear& p, int64_t size = 1) : size(size), quads(ceil_div(p.inputs, 4)) {
         block = p.of % 4 == 0 ? p.of / 4 : p.of % 2 == 0 ? p.of / 2 : p.of;
-        block_bytes = block * 8 + TILE_OUTPUTS * (4 * block / p.of) * p.keep;
+        block_bytes = block * 8 + TILE_OUTPUTS * (4 * block / p.of) * p.keep * size;
         tile_bytes = ceil_div(quads, block) * block_bytes;
     }
     const uint8_t* tile(const Linear& p, int64_t first) const {

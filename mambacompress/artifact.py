@@ -31,7 +31,7 @@ from mambacompress.models import heads, mixers, packed
 from mambacompress.models.families import adopt
 from mambacompress.models.families.checkpoint import empty_host, generation_config, read_config
 from mambacompress.models.modelmap import ModelMap, set_module
-from mambacompress.models.packed import PackedHead
+from mambacompress.models.packed import HeadParts, SparseWeight
 from mambacompress.storage import StoredTensor
 
 SCHEMA_VERSION = 1
@@ -87,7 +87,7 @@ def share_head(model_map: ModelMap) -> None:
     """Make a tied head read the embedding's own tensors."""
     if not model_map.tied:
         return
-    if isinstance(model_map.head.module, PackedHead):
+    if isinstance(model_map.head.module, HeadParts):
         # transformers ties parameters, and a packed head shares buffers: what it would tie is not there.
         model_map.host.all_tied_weights_keys = {}
     head: Any = model_map.head.module
@@ -123,12 +123,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def load(directory: str | Path, device: str = "cpu") -> Any:
     """The compressed model, ready to run: a transformers model whose mixers multiply packed weights.
 
-    Raises UserError for anything missing, truncated, renamed or of another schema.
+    Raises UserError for anything missing, truncated, renamed or of another schema, CheckFailed for a sparse weight
+    that is not of its pattern.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
     model_map = skeleton(read_config(directory), manifest["layout"])
-    load_tensors(model_map.host, tensor_files(directory, manifest))
+    streams = torch.device(device).type == "cpu" and native.library() is not None
+    load_tensors(model_map.host, tensor_files(directory, manifest), streams=streams)
     host = model_map.host.to(device)
     share_head(model_map)  # moving copies a shared buffer twice
     packed.rearrange(host)
@@ -146,11 +148,12 @@ def tensor_files(directory: Path, manifest: dict[str, Any]) -> list[Path]:
     return [directory / name for name in names]
 
 
-def load_tensors(host: nn.Module, files: list[Path]) -> None:
+def load_tensors(host: nn.Module, files: list[Path], *, streams: bool = False) -> None:
     """Fill a skeleton strictly: every tensor it expects, nothing else, shapes and dtypes as stored.
 
     All of them lie in one memory, in the skeleton's order, each read straight to its place: no file stays mapped, and
-    no more than the tensors themselves is ever held.
+    no more than the tensors themselves is ever held. streams: of sparse weights the place is that of the stream that
+    native code reads, and values and positions go there a weight at a time.
     """
     expected = dict(host.state_dict(keep_vars=True))
     owners: dict[int, list[str]] = {}
@@ -173,14 +176,39 @@ def load_tensors(host: nn.Module, files: list[Path]) -> None:
         raise UserError(f"the artifact lacks {len(missing)} tensors, the first is {missing[0]!r}",
                         "copy the artifact again")
     names = [name for name in expected if name in stored]
-    places = native.places([stored[name].size for name in names])
+    sparse = _streamed(host, names) if streams else {}
+    places = native.places([_room(name, stored[name].size, sparse.get(name)) for name in names])
     for name, memory in zip(names, places, strict=True):
-        entry = stored[name]
+        entry, module = stored[name], sparse.get(name)
+        held = memory if module is None else torch.empty(entry.size, dtype=torch.uint8)
         with _damage(entry.file):
-            entry.read_into(memory.numpy().data)
-        tensor = memory.view(_DTYPES[entry.dtype]).view(entry.shape)
+            entry.read_into(held.numpy().data)
+        tensor = held.view(_DTYPES[entry.dtype]).view(entry.shape)
         for place in owners[id(expected[name])]:
             _place(host, place, tensor)
+        if module is not None and module.tileable():  # values and positions are both there
+            _check_pattern(name.rpartition(".")[0], module)
+            module.tile(memory)
+            for place in owners[id(expected[name])]:
+                host.get_submodule(place.rpartition(".")[0]).share(module)  # type: ignore[operator]
+
+
+def _streamed(host: nn.Module, names: list[str]) -> dict[str, SparseWeight]:
+    """Of these tensors the values and positions of sparse weights -> the module whose stream takes them in."""
+    found = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = host.get_submodule(path)
+        if isinstance(module, SparseWeight) and leaf in ("values", module.form):
+            found[name] = module
+    return found
+
+
+def _room(name: str, size: int, module: SparseWeight | None) -> int:
+    """Bytes that stay of a tensor of that size: of a sparse weight, those of its stream where its positions are."""
+    if module is None:
+        return size
+    return module.stream_bytes() if name.endswith(f".{module.form}") else 0
 
 
 @contextmanager
@@ -279,11 +307,9 @@ def verify(directory: str | Path) -> dict[str, Any]:
             f"coverage counted from the tensors is {counted:.4f}, the manifest says {manifest['coverage']:.4f}",
             "the manifest was edited: rerun the compression",
         )
-    sparse = {name: m for name, m in host.named_modules() if isinstance(m, packed.PackedSparseLinear)}
+    sparse = _sparse_weights(host)
     for name, module in sparse.items():
-        if module.excess():
-            raise CheckFailed(f"{name} is not {module.pattern}: {module.excess():,} of its groups do not keep "
-                              f"{module.pattern.keep} weights", "the file was edited: rerun the compression")
+        _check_pattern(name, module)
     for name, tensor in host.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckFailed(f"tensor {name!r} holds NaN or Inf", "rerun the compression")
@@ -296,6 +322,23 @@ def verify(directory: str | Path) -> dict[str, Any]:
         "zeros": sum(int((module.codes() == 0).sum()) for module in sparse.values()),
         "sparse_weights": sum(module.rows * module.columns for module in sparse.values()),
     }
+
+
+def _check_pattern(name: str, module: SparseWeight) -> None:
+    wrong = module.excess()
+    if wrong:
+        raise CheckFailed(f"{name} is not {module.pattern}: {wrong:,} of its groups do not keep {module.pattern.keep} "
+                          "weights", "the file was edited: rerun the compression")
+
+
+def _sparse_weights(host: nn.Module) -> dict[str, SparseWeight]:
+    """Every sparse weight by the name of its module, a tied one once."""
+    found: dict[int, tuple[str, SparseWeight]] = {}
+    for name, module in host.named_modules():
+        if isinstance(module, SparseWeight):
+            held = module.values if module.stream is None else module.stream
+            found.setdefault(held.data_ptr(), (name, module))
+    return dict(found.values())
 
 
 def coverage_of(host: nn.Module, float_bytes: dict[str, int]) -> float:

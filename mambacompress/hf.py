@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mambacompress import artifact
 from mambacompress.models.families import adopt
-from mambacompress.models.packed import PackedHead, arrange
+from mambacompress.models.packed import HeadParts, arrange
 
 
 @register_quantization_config(artifact.METHOD)
@@ -49,12 +49,12 @@ class MambaCompressQuantizer(HfQuantizer):
             directory = Path(snapshot_download(model.config.name_or_path, local_files_only=True))
         artifact.dress(model, artifact.read_manifest(directory)["layout"])
         head = model.get_output_embeddings()
-        if model.config.tie_word_embeddings and isinstance(head, PackedHead):
+        if model.config.tie_word_embeddings and isinstance(head, HeadParts):
             # A packed head shares buffers, which transformers' tying (of parameters) does not know: share_head does it.
             model.all_tied_weights_keys = {}
             model._keys_to_ignore_on_load_missing = {
                 *(model._keys_to_ignore_on_load_missing or ()),
-                r"^lm_head\.(qweight|scale|zero)$",
+                r"^lm_head\.(qweight|scale|zero|values|mask|indices)$",
             }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

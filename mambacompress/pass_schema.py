@@ -212,7 +212,8 @@ class PruneConfig(Strict):
     """One-shot N:M sparsity: ``keep`` of every ``of`` weights along the input stay.
 
     method: magnitude; wanda, magnitude times the input's norm; sparsegpt, with compensation; zeros: the weights are
-    sparse already (trained so), the mask is where they are not zero. maps: which tensors. round: int8 has sparsegpt
+    sparse already (trained so), the mask is where they are not zero. maps: which tensors; a tied head is the embedding
+    as well. round: int8 has sparsegpt
     round what it keeps in the same loop (jointly with GPTQ), for quantize to pack. damp, block: as for gptq.
     """
 
@@ -227,9 +228,9 @@ class PruneConfig(Strict):
     @model_validator(mode="after")
     def _legal(self) -> PruneConfig:
         self.pattern  # noqa: B018
-        outside = [name for name in self.maps if name not in LINEARS]
-        if outside:
-            raise ValueError(f"prune leaves {', '.join(outside)} dense: it takes some of {', '.join(LINEARS)}")
+        if "embedding" in self.maps:
+            raise ValueError("an embedding is looked up, not multiplied, so prune leaves it dense: where it is the "
+                             "head's weight as well, name head")
         if self.round != "none" and self.method != "sparsegpt":
             raise ValueError(f"round: {self.round} belongs to sparsegpt; {self.method} leaves rounding to quantize")
         return self

@@ -202,6 +202,9 @@ class _Run:
                 hidden = [block.module(h_BLD) for h_BLD in hidden]
                 _free(block.module)
             self._observe(sweeping, hidden)
+            for item in sweeping:
+                for h_BLD in hidden:
+                    item.observe_head(h_BLD)
             stored = {"loss": torch.tensor(self._loss(hidden), dtype=torch.float64)}
             for item in self.passes:
                 item.prepare(self.map)
@@ -225,6 +228,8 @@ class _Run:
         record: dict[str, Any] = {}
         for item in self.passes:
             record.update({f"{item.name}.{k}": v for k, v in item.apply_embedding(self.map).items()})
+        for item in self.passes:
+            item.finish_embedding(self.map)
         path, embedding = self.map.embedding.path, self.map.embedding.module
         head: Any = self.map.head.module
         if self.map.tied and isinstance(embedding, PACKED):  # the head will share the packed weight: drop the float one
@@ -269,6 +274,8 @@ class _Run:
         for i, item in enumerate(self.passes):
             result = item.apply_head(self.map, calibration.before(self.passes[i + 1 :]))
             record.update({f"{item.name}.{k}": v for k, v in result.items()})
+        for item in self.passes:
+            item.finish_head(self.map)
         loss = self._loss(hidden)
         norm: Any = self.map.final_norm
         self.work.store("norm", {f"{self.map.final_norm_path}.weight": norm.weight[None]})

@@ -139,6 +139,8 @@ class Recipe(Strict):
             self._prune_matches()
         elif self.training is not None:
             raise ValueError("training needs a prune pass: it says the pattern and the tensors to train to")
+        if self.training is not None and any("head" in step.prune.maps for step in self.passes if step.prune):
+            raise ValueError("training leaves the head dense: take it out of prune's maps, or prune in one shot")
         if self.soup is not None and self.training is None:
             raise ValueError("soup needs a training section: it says how a replica is retrained")
         return self

@@ -23,7 +23,7 @@ def lacks(block: S6Block | SSDBlock) -> list[str]:
     matrices = [block.in_proj, block.out_proj]
     if isinstance(block, S6Block):
         matrices += [block.x_proj, block.dt_proj]
-    if any(matrix.weight.dtype == torch.bfloat16 for matrix in matrices):
+    if any(matrix.weight.dtype == torch.bfloat16 and not matrix.pattern for matrix in matrices):
         missing.append("bf16 matrices, which torch multiplies faster")
     return missing
 

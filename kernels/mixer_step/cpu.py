@@ -112,7 +112,10 @@ class NativeBlock:
 
     def _matrix(self, matrix: Matrix) -> tuple[Any, ...]:
         weight, scale = matrix.weight, matrix.scale
-        kind = 0 if scale is None else 3 if matrix.pattern else 2 if weight.dtype == torch.uint8 else 1
+        if matrix.pattern:
+            kind = 4 if scale is None else 3
+        else:
+            kind = 0 if scale is None else 2 if weight.dtype == torch.uint8 else 1
         groups = 1 if scale is None or scale.dim() == 1 else scale.shape[1]
         scale_dtype = native.DTYPE_CODES[(weight if scale is None else scale).dtype]
         return (kind, matrix.inputs, matrix.outputs, groups, _MODES[matrix.activation], matrix.act_bits, scale_dtype,

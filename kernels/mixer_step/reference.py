@@ -36,7 +36,8 @@ class BlockState(NamedTuple):
 @dataclass(frozen=True)
 class Matrix:
     """A linear: fp32, bf16 or fp16 weight [O, I]; int8 [O, I] with scale [O]; or uint8 [O, I/2] with scale [O] or
-    [O, I/group_size]; or the stream of an N:M sparse weight, with pattern (keep, of), columns I and scale [O].
+    [O, I/group_size]; or the stream of an N:M sparse weight, with pattern (keep, of), shape (O, I) and, of int8 values,
+    scale [O].
 
     The rest as in int8_linear, int4_linear and nm_linear_stream.
     """
@@ -51,16 +52,16 @@ class Matrix:
     act_bits: int = 8
     tiled: bool = False
     pattern: tuple[int, int] | None = None
-    columns: int = 0
+    shape: tuple[int, int] | None = None
 
     @property
     def outputs(self) -> int:
-        return len(self.weight) if self.pattern is None or self.scale is None else len(self.scale)
+        return len(self.weight) if self.shape is None else self.shape[0]
 
     @property
     def inputs(self) -> int:
-        if self.pattern is not None:
-            return self.columns
+        if self.shape is not None:
+            return self.shape[1]
         return self.weight.shape[1] * (2 if self.weight.dtype == torch.uint8 else 1)
 
 
@@ -175,12 +176,12 @@ def _ssd(x_BLD: Tensor, block: SSDBlock, state: BlockState) -> tuple[Tensor, Blo
 
 def _linear(x: Tensor, matrix: Matrix) -> Tensor:
     weight, scale = matrix.weight, matrix.scale
-    if scale is None:
-        return F.linear(x, weight.to(x.dtype), matrix.bias)
     if matrix.pattern is not None:
         keep, of = matrix.pattern
-        return nm_linear_stream(x, weight, scale, matrix.bias, keep=keep, of=of, activation=matrix.activation,
-                                act_scale=matrix.act_scale, act_bits=matrix.act_bits)
+        return nm_linear_stream(x, weight, scale, matrix.bias, keep=keep, of=of, outputs=matrix.outputs,
+                                activation=matrix.activation, act_scale=matrix.act_scale, act_bits=matrix.act_bits)
+    if scale is None:
+        return F.linear(x, weight.to(x.dtype), matrix.bias)
     if weight.dtype == torch.uint8:
         return int4_linear(x, weight, scale.reshape(len(weight), -1), matrix.zero, matrix.bias,
                            group_size=matrix.group_size or matrix.inputs, activation=matrix.activation,

@@ -10,12 +10,14 @@ V = I · keep / of. Where the values belong is stored in the smaller of two form
 kept weight may be zero itself; a group never stores more than ``keep``.
 
 A linear on int8 values expands them and multiplies exactly as ``int8_linear`` does: same rounding, same order, bit for
-bit. On fp16 values it is a float product.
+bit. On floats (fp16, bf16 or fp32) it is a float product.
 
 Legend: T rows (tokens), I inputs, O outputs, G groups a row, V values a row, B bytes a row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -91,13 +93,18 @@ def nm_linear_reference(
         codes_OI = expand(values_OV, positions_OB, inputs, keep, of)
         return int8_linear_reference(x, codes_OI, scale_O, bias_O, activation=activation, act_scale=act_scale,
                                      act_bits=act_bits)
+    return float_product(x, lambda rows: expand(values_OV[rows], positions_OB[rows], inputs, keep, of), len(values_OV),
+                         bias_O)
+
+
+def float_product(x: Tensor, rows_of: Callable[[slice], Tensor], outputs: int, bias_O: Tensor | None) -> Tensor:
+    """x Wᵀ + bias in float, in x's dtype; rows_of: some rows [., I] of W, in any float dtype."""
     wide = wide_dtype(x)
-    y_TO = weight_only(
-        x.reshape(-1, inputs).to(wide),
-        lambda rows: expand(values_OV[rows], positions_OB[rows], inputs, keep, of).to(wide), (len(values_OV), inputs))
+    y_TO = weight_only(x.reshape(-1, x.shape[-1]).to(wide), lambda rows: rows_of(rows).to(wide),
+                       (outputs, x.shape[-1]))
     if bias_O is not None:
         y_TO = y_TO + bias_O.to(wide)
-    return y_TO.to(x.dtype).reshape(*x.shape[:-1], len(values_OV))
+    return y_TO.to(x.dtype).reshape(*x.shape[:-1], outputs)
 
 
 def _shifts(count: int, like: Tensor) -> Tensor:

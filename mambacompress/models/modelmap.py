@@ -187,7 +187,8 @@ class ModelMap:
     """The host as passes see it.
 
     embedding, head: sites of the residual; tied: they share one weight. left_alone: full path of every parameter that
-    no site holds -> why no pass edits it as a matrix.
+    no site holds -> why no pass edits it as a matrix. basis: R [D, D] where the residual has been rotated by it.
+    pattern, mask, rounded: of the head's weight, as ``Block`` has them of its matrices.
     """
 
     host: Any
@@ -200,6 +201,10 @@ class ModelMap:
     tied: bool
     residual: Stream
     left_alone: dict[str, str] = field(default_factory=dict)
+    basis: Tensor | None = None
+    pattern: Pattern | None = None
+    mask: Tensor | None = None
+    rounded: tuple[Tensor, Tensor] | None = None
 
     def matrices(self) -> dict[str, tuple[str, torch.Size]]:
         """path -> (recipe name, shape) of every matrix, a tied head once: what coverage is a share of."""

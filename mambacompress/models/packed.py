@@ -24,7 +24,13 @@ from torch import Tensor, nn
 
 from mambacompress.kernels import native
 from mambacompress.kernels.hadamard import hadamard, hadamard_matrix, largest_block, supported
-from mambacompress.models.packed_sparse import PackedSparseLinear
+from mambacompress.models.packed_head import HeadParts
+from mambacompress.models.packed_sparse import (
+    PackedSparseEmbedding,
+    PackedSparseHead,
+    PackedSparseLinear,
+    SparseWeight,
+)
 from mambacompress.models.packed_weight import ActivationFormat, PackedWeight, WeightFormat, static_scale
 
 
@@ -89,23 +95,15 @@ class PackedEmbedding(PackedWeight):
         return self._lookup(ids)
 
 
-class PackedHead(PackedWeight):
+class PackedHead(HeadParts, PackedWeight):
     """logits = (x T) Wᵀ + b; W [V, D] is the embedding's own tensors where tied, T [D, D] an optional float matrix
     before it.
     """
 
-    act_scale: Tensor | None
-    transform: Tensor | None
-    bias: Tensor | None
-
     def __init__(self, vocabulary: int, size: int, *, weights: WeightFormat, activations: ActivationFormat,
                  transform: str | None = None, bias: bool = False) -> None:
         super().__init__(vocabulary, size, weights)
-        self.activations = activations
-        self.register_buffer("act_scale", torch.ones(()) if activations.mode == "tensor" else None)
-        dtype = None if transform is None else getattr(torch, transform)
-        self.register_buffer("transform", None if dtype is None else torch.eye(size, dtype=dtype))
-        self.register_buffer("bias", torch.zeros(vocabulary) if bias else None)
+        self._register_parts(activations, transform, bias)
 
     @classmethod
     def from_float(cls, weight: Tensor, bias: Tensor | None = None, *, weights: WeightFormat,
@@ -114,45 +112,15 @@ class PackedHead(PackedWeight):
         """An untied head from its own float weight [V, D]."""
         head = cls(*weight.shape, weights=weights, activations=activations, bias=bias is not None)
         head._fill(weight, codes, scale)
-        return head._calibrated(act_scale, transform, bias).to(weight.device)  # type: ignore[return-value]
+        return head._calibrated(act_scale, transform, bias).to(weight.device)
 
     @classmethod
-    def sharing(cls, embedding: PackedEmbedding, *, activations: ActivationFormat,
-                act_scale: Tensor | float | None = None, transform: Tensor | None = None,
-                bias: Tensor | None = None) -> PackedHead:
-        """A tied head on the embedding's tensors."""
-        with torch.device("meta"):
-            head = cls(embedding.rows, embedding.columns, weights=embedding.weights, activations=activations)
-        head.tie(embedding)
-        return head._calibrated(act_scale, transform, bias)
-
-    def _calibrated(self, act_scale: Tensor | float | None, transform: Tensor | None,
-                    bias: Tensor | None) -> PackedHead:
-        if transform is not None and transform.shape != (self.columns, self.columns):
-            raise ValueError(f"the transform has shape {list(transform.shape)}, a head of {self.columns} channels "
-                             f"takes [{self.columns}, {self.columns}]")
-        self.act_scale, self.transform = static_scale(self.activations, act_scale), transform
-        self.bias = None if bias is None else bias.detach().float().clone()
-        if self.act_scale is not None:
-            self.act_scale = self.act_scale.to(self.qweight.device)
-        return self
-
-    def tie(self, embedding: nn.Module) -> None:
-        """Share the embedding's codes and scales; raises ValueError where they have another format."""
-        if (not isinstance(embedding, PackedEmbedding) or embedding.weights != self.weights
-                or (embedding.rows, embedding.columns) != (self.rows, self.columns)):
-            raise ValueError("a tied packed head needs a packed embedding of the same format and shape")
-        self.share(embedding)
+    def _like(cls, embedding: Any, activations: ActivationFormat) -> PackedHead:
+        return cls(embedding.rows, embedding.columns, weights=embedding.weights, activations=activations)
 
     def spec(self) -> dict[str, Any]:
         return {"type": "PackedHead", "vocabulary": self.rows, "size": self.columns, "weights": self.weights.to_dict(),
-                "activations": self.activations.to_dict(), "bias": self.bias is not None,
-                "transform": None if self.transform is None else str(self.transform.dtype).removeprefix("torch.")}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.transform is not None:
-            x = x @ self.transform.to(x.dtype)
-        return self._multiply(x, self.bias, self.activations, self.act_scale)
+                **self._spec_of_parts()}
 
 
 class OnlineHadamard(nn.Module):
@@ -193,7 +161,7 @@ class OnlineHadamard(nn.Module):
         return hadamard(x, self.signs, block=self.block)
 
 
-PACKED = (PackedLinear, PackedSparseLinear, PackedEmbedding, PackedHead)
+PACKED = (PackedLinear, PackedSparseLinear, PackedEmbedding, PackedSparseEmbedding, PackedHead, PackedSparseHead)
 
 
 def arrange(model: nn.Module) -> None:
@@ -206,7 +174,8 @@ def arrange(model: nn.Module) -> None:
     if not _takes_tiles(model):
         return
     owners: list[Any] = [owner for m in model.modules() for owner in (m._parameters, m._buffers)]
-    held = [(owner, name) for owner in owners for name, tensor in owner.items() if tensor is not None]
+    held = [(owner, name) for owner in owners for name, tensor in owner.items()
+            if tensor is not None and tensor.numel()]
     tensors: dict[int, Tensor] = {owner[name].data_ptr(): owner[name] for owner, name in held}
     moved: dict[int, Tensor] = {}
     for place, (address, tensor) in zip(native.places([t.nbytes for t in tensors.values()]), tensors.items(),
@@ -236,9 +205,15 @@ def _stream(model: nn.Module) -> None:
     """The same of sparse weights, into one memory of their own: every native level takes them so."""
     if native.library() is None or not _on_cpu(model):
         return
-    sparse = [module for module in model.modules() if isinstance(module, PackedSparseLinear) and module.tileable()]
-    for module, room in zip(sparse, native.places([module.stream_bytes() for module in sparse]), strict=True):
-        module.tile(room)
+    sharing: dict[int, list[SparseWeight]] = {}
+    for module in model.modules():
+        if isinstance(module, SparseWeight) and module.tileable():
+            sharing.setdefault(module.values.data_ptr(), []).append(module)
+    rooms = native.places([owner.stream_bytes() for owner, *_ in sharing.values()])
+    for (owner, *others), room in zip(sharing.values(), rooms, strict=True):
+        owner.tile(room)
+        for other in others:
+            other.share(owner)
 
 
 def _on_cpu(model: nn.Module) -> bool:
@@ -262,5 +237,6 @@ def build(spec: dict[str, Any]) -> nn.Module:
     return kinds[spec["type"]](**arguments)
 
 
-__all__ = ["PACKED", "ActivationFormat", "OnlineHadamard", "PackedEmbedding", "PackedHead", "PackedLinear",
-           "PackedSparseLinear", "WeightFormat", "arrange", "build", "rearrange"]
+__all__ = ["PACKED", "ActivationFormat", "HeadParts", "OnlineHadamard", "PackedEmbedding", "PackedHead",
+           "PackedLinear", "PackedSparseEmbedding", "PackedSparseHead", "PackedSparseLinear", "SparseWeight",
+           "WeightFormat", "arrange", "build", "rearrange"]

@@ -122,6 +122,18 @@ class Stored(nn.Module):
     def _untile(self) -> None:
         """Undo what suits one device alone."""
 
+    def format(self) -> tuple[Any, ...]:
+        """What two weights must have in common to ``share``, their shape included."""
+        raise NotImplementedError
+
+    def share(self, other: Any) -> None:
+        """Hold the codes and scales of another module of this format."""
+        raise NotImplementedError
+
+    def _multiply(self, x: Tensor, bias: Tensor | None, activations: ActivationFormat,
+                  act_scale: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
     @property
     def weight(self) -> Tensor:
         """Shape, dtype and device of the float weight this stands for: one NaN, expanded."""
@@ -221,8 +233,10 @@ class PackedWeight(Stored):
             if factor is not None and factor.dim() == 2:
                 tile(factor, 1)
 
+    def format(self) -> tuple[Any, ...]:
+        return self.weights, self.rows, self.columns
+
     def share(self, other: PackedWeight) -> None:
-        """Hold the codes and scales of another module of this format and shape."""
         self.qweight, self.scale, self.zero, self.tiled = other.qweight, other.scale, other.zero, other.tiled
 
     def _untile(self) -> None:

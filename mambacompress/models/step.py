@@ -178,11 +178,12 @@ class StepPlan:
             activations = module.activations
             return Matrix(_data(module.qweight), bias, _data(module.scale), zero, module.weights.group_size,
                           activations.mode, act_scale, activations.bits, module.tiled)
-        if type(module) is PackedSparseLinear and module.stream is not None and module.scale is not None:
-            bias, act_scale = (None if t is None else _data(t) for t in (module.bias, module.act_scale))
-            return Matrix(_data(module.stream), bias, _data(module.scale), activation=module.activations.mode,
-                          act_scale=act_scale, act_bits=module.activations.bits,
-                          pattern=(module.pattern.keep, module.pattern.of), columns=module.columns)
+        if type(module) is PackedSparseLinear and module.stream is not None:
+            bias, scale, act_scale = (None if t is None else _data(t)
+                                      for t in (module.bias, module.scale, module.act_scale))
+            return Matrix(_data(module.stream), bias, scale, activation=module.activations.mode, act_scale=act_scale,
+                          act_bits=module.activations.bits, pattern=(module.pattern.keep, module.pattern.of),
+                          shape=(module.rows, module.columns))
         raise NotFused(f"a {type(module).__name__} as a projection")
 
     def _conv(self, conv: DepthwiseConv | None) -> Conv:

@@ -99,6 +99,9 @@ class Pass:
     def observe(self, hidden_BLD: Tensor) -> None:
         """The float residual entering a block, or the final norm; in model order, batch by batch."""
 
+    def observe_head(self, hidden_BLD: Tensor) -> None:
+        """The float residual entering the final norm, batch by batch, once more."""
+
     def prepare(self, model_map: ModelMap) -> None:
         """Close the sweep (or, without one, get ready) before the first edit."""
 
@@ -128,6 +131,12 @@ class Pass:
 
     def finish_block(self, block: Block) -> None:
         """After every pass has been applied to a block: pack what none of them has."""
+
+    def finish_embedding(self, model_map: ModelMap) -> None:
+        """The same of the embedding."""
+
+    def finish_head(self, model_map: ModelMap) -> None:
+        """The same of the head."""
 
     def mixes(self) -> dict[str, str]:
         """Recipe names of the matrices whose zeros this pass would fill, and why; an N:M pattern does not survive it.

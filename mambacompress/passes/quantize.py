@@ -28,12 +28,24 @@ from mambacompress.errors import UserError
 from mambacompress.models.heads import TransformedHead
 from mambacompress.models.mixers import S6Mixer
 from mambacompress.models.modelmap import Block, ModelMap, set_module
-from mambacompress.models.packed import ActivationFormat, PackedEmbedding, PackedHead, PackedLinear, WeightFormat
-from mambacompress.models.packed_sparse import PackedSparseLinear, sparse_bytes
+from mambacompress.models.packed import PackedEmbedding, PackedHead, PackedLinear
+from mambacompress.models.packed_sparse import (
+    PackedSparseEmbedding,
+    PackedSparseHead,
+    PackedSparseLinear,
+)
 from mambacompress.models.paths import Path, ScanQuantizer
 from mambacompress.nm import Pattern
 from mambacompress.numerics import Grid
 from mambacompress.passes.base import Calibration, Edit, Pass, Plan, Refusal
+from mambacompress.passes.formats import (
+    activations_of,
+    check_sparse,
+    grid_of,
+    packed_bytes,
+    stored_scale,
+    weights_of,
+)
 from mambacompress.passes.observers import RowSample, watching
 from mambacompress.passes.rounding import (
     HARMLESS_DB,
@@ -67,12 +79,9 @@ class Quantize(Pass):
                 if format_ is None:
                     continue
                 shape = block.module.get_parameter(f"{path}.weight").shape
-                check_groups(f"block {block.index} {tensor}", shape[1], _grid(format_))
+                check_groups(f"block {block.index} {tensor}", shape[1], grid_of(format_))
                 pattern = block.patterns.get(path)
-                if pattern is not None and format_.weights != "int8":
-                    raise UserError(f"block {block.index} {tensor} is {pattern} sparse, and sparse values are stored "
-                                    f"as int8 or fp16, not {format_.weights}",
-                                    f"give it int8 with `overrides`, or leave {tensor} out of quantize's maps for fp16")
+                check_sparse(f"block {block.index} {tensor}", tensor, format_, pattern)
                 plan.edits.append(self._edit(block.index, tensor, format_, shape, pattern=pattern))
             self._plan_scan(plan, block)
             if self.config.rest == "float16":
@@ -86,7 +95,7 @@ class Quantize(Pass):
               pattern: Pattern | None = None) -> Edit:
         size = packed_bytes(shape, format_, pattern)
         sparse = "" if pattern is None else f"{pattern} sparse "
-        return Edit(self.name, block, tensor, f"{sparse}{format_.weights} {_grid(format_).described}, activations "
+        return Edit(self.name, block, tensor, f"{sparse}{format_.weights} {grid_of(format_).described}, activations "
                     f"{format_.activations}, {size:,} bytes{note}", bits=8 * size / shape.numel())
 
     def _plan_coverage(self, plan: Plan, model_map: ModelMap) -> None:
@@ -125,20 +134,23 @@ class Quantize(Pass):
             raise UserError(f"embedding and head of this model share one matrix, and quantize names only the {named}",
                             f"add {missing} to `maps`, or take {named} out")
         if embedding is not None:
-            check_groups("the embedding", shape[1], _grid(embedding))
+            check_groups("the embedding", shape[1], grid_of(embedding))
+            pattern = model_map.pattern if model_map.tied else None
+            check_sparse("the embedding", "embedding and head", embedding, pattern)
             note = ""
             if embedding.bits == 4 and sum(shape.numel() for _, shape in model_map.matrices().values()) < 10**9:
                 note = "; 4 bits cost several points below a billion parameters"
                 warnings.warn("a 4-bit embedding costs several points of accuracy below a billion parameters; int8 is "
                               "safe", stacklevel=3)
-            plan.edits.append(self._edit(None, "embedding", embedding, shape, note))
+            plan.edits.append(self._edit(None, "embedding", embedding, shape, note, pattern))
         if head is None:
             return
-        check_groups("the head", shape[1], _grid(head))
+        check_groups("the head", shape[1], grid_of(head))
         if not model_map.tied:
-            plan.edits.append(self._edit(None, "head", head, model_map.head.weight.shape))
+            check_sparse("the head", "head", head, model_map.pattern)
+            plan.edits.append(self._edit(None, "head", head, model_map.head.weight.shape, pattern=model_map.pattern))
             return
-        if embedding is not None and _grid(head) != _grid(embedding):
+        if embedding is not None and grid_of(head) != grid_of(embedding):
             raise UserError("the head shares the embedding's weight, so both are stored in one format",
                             "give embedding and head the same weights and group_size")
         plan.edits.append(Edit(self.name, None, "head", f"{head.weights}, activations {head.activations}, the "
@@ -179,7 +191,7 @@ class Quantize(Pass):
 
     def _pack(self, block: Block, path: str, format_: MapFormat, sample: RowSample | None,
               trial: bool) -> tuple[PackedLinear | PackedSparseLinear, dict[str, Any]]:
-        grid, where = _grid(format_), f"block {block.index} {path.removeprefix('mixer.')}"
+        grid, where = grid_of(format_), f"block {block.index} {path.removeprefix('mixer.')}"
         linear = block.module.get_submodule(path)
         weight_OI = block.module.get_parameter(f"{path}.weight").data
         mask_OI, pattern = block.masks.get(path), block.patterns.get(path)
@@ -195,18 +207,18 @@ class Quantize(Pass):
             codes_OI, scales_OG = round_weight(weight_OI, grid, where, search=search, importance_I=importance_I)
             if not trial:
                 report["sqnr_db"] = _rounded(weight_sqnr_db(weight_OI, codes_OI, scales_OG, grid))
-        activations = _activations(format_)
+        activations = activations_of(format_)
         act_scale = None
         if activations.mode == "tensor" and sample is not None:
             weight = grid.dequantize(codes_OI, scales_OG)
             percentile, act_scale = best_range(sample, weight, activations.bits, self.config.percentile)
             report |= {"act_scale": _rounded(act_scale, 6), "percentile": percentile}
         bias = getattr(linear, "bias", None)
-        scale = _stored_scale(scales_OG, format_)
+        scale = stored_scale(scales_OG, format_)
         if mask_OI is not None and pattern is not None:
             return PackedSparseLinear.from_mask(codes_OI, mask_OI, pattern, bias, scale=scale, activations=activations,
                                                 act_scale=act_scale), report
-        return PackedLinear.from_float(None, bias, weights=_weights(format_), activations=activations,
+        return PackedLinear.from_float(None, bias, weights=weights_of(format_), activations=activations,
                                        act_scale=act_scale, codes=codes_OI, scale=scale), report
 
     def _quantize_scan(self, block: Block, mixer: S6Mixer, calibration: Calibration) -> float:
@@ -262,26 +274,37 @@ class Quantize(Pass):
         format_ = self.config.of("embedding")
         if format_ is None:
             return {}
-        weight_VD, grid = model_map.embedding.weight.data, _grid(format_)
-        search = self.config.scale_search and grid.bits == 4
-        codes, scales = round_weight(weight_VD, grid, "the embedding", search=search)
-        packed = PackedEmbedding.from_float(weight_VD, weights=_weights(format_), codes=codes,
-                                            scale=_stored_scale(scales, format_))
+        weight_VD, grid = model_map.embedding.weight.data, grid_of(format_)
+        codes, scales = self._round_end(model_map, weight_VD, grid, "the embedding", shared=model_map.tied)
+        scale = stored_scale(scales, format_)
+        packed: PackedEmbedding | PackedSparseEmbedding
+        if model_map.tied and model_map.mask is not None and model_map.pattern is not None:
+            packed = PackedSparseEmbedding.from_mask(codes, model_map.mask, model_map.pattern, scale=scale)
+        else:
+            packed = PackedEmbedding.from_float(weight_VD, weights=weights_of(format_), codes=codes, scale=scale)
         set_module(model_map.host, model_map.embedding.path, packed)
         return {"embedding.sqnr_db": _rounded(weight_sqnr_db(weight_VD, codes, scales, grid))}
+
+    def _round_end(self, model_map: ModelMap, weight_VD: Tensor, grid: Grid, where: str, *,
+                   shared: bool) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the embedding or the head; shared: it is the weight that pruning may have rounded."""
+        if shared and model_map.rounded is not None:
+            return model_map.rounded
+        return round_weight(weight_VD, grid, where, search=self.config.scale_search and grid.bits == 4)
 
     @torch.no_grad()
     def apply_head(self, model_map: ModelMap, calibration: Calibration) -> dict[str, Any]:
         format_, head, embedding = self.config.of("head"), model_map.head.module, model_map.embedding.module
-        if format_ is None or (model_map.tied and not isinstance(embedding, PackedEmbedding)):
+        packs = model_map.tied and isinstance(embedding, PackedEmbedding | PackedSparseEmbedding)
+        shared: Any = embedding if packs else None
+        if format_ is None or (model_map.tied and shared is None):
             return {}
         transform = head.transform if isinstance(head, TransformedHead) else None
         inputs = (model_map.final_norm(h_BLD).flatten(0, 1) for h_BLD in calibration.batches())
-        activations = _activations(format_)
+        activations = activations_of(format_)
         report: dict[str, Any] = {}
         # A tied head multiplies the embedding's codes; its own float weight is gone by now.
-        weight_VD = embedding.dequantize() if isinstance(embedding, PackedEmbedding) and model_map.tied else (
-            model_map.head.weight.data)
+        weight_VD = model_map.head.weight.data if shared is None else shared.dequantize()
         act_scale = None
         if activations.mode == "tensor":
             sample = RowSample(512)
@@ -290,30 +313,23 @@ class Quantize(Pass):
             percentile, act_scale = best_range(sample, weight_VD, activations.bits, self.config.percentile)
             report = {"head.act_scale": _rounded(act_scale, 6), "head.percentile": percentile}
         stored = None if transform is None else half_if_harmless(transform)
-        if model_map.tied and isinstance(embedding, PackedEmbedding):
-            packed = PackedHead.sharing(embedding, activations=activations, act_scale=act_scale, transform=stored)
+        packed: PackedHead | PackedSparseHead
+        if shared is not None:
+            kind = PackedSparseHead if isinstance(shared, PackedSparseEmbedding) else PackedHead
+            packed = kind.sharing(shared, activations=activations, act_scale=act_scale, transform=stored)
         else:
-            grid = _grid(format_)
-            search = self.config.scale_search and grid.bits == 4
-            codes, scales = round_weight(weight_VD, grid, "the head", search=search)
-            packed = PackedHead.from_float(weight_VD, getattr(head, "bias", None), weights=_weights(format_),
-                                           activations=activations, act_scale=act_scale, transform=stored,
-                                           codes=codes, scale=_stored_scale(scales, format_))
+            grid, bias = grid_of(format_), getattr(head, "bias", None)
+            codes, scales = self._round_end(model_map, weight_VD, grid, "the head", shared=True)
+            scale = stored_scale(scales, format_)
+            if model_map.mask is not None and model_map.pattern is not None:
+                packed = PackedSparseHead.from_mask(codes, model_map.mask, model_map.pattern, bias, scale=scale,
+                                                    activations=activations, act_scale=act_scale, transform=stored)
+            else:
+                packed = PackedHead.from_float(weight_VD, bias, weights=weights_of(format_), activations=activations,
+                                               act_scale=act_scale, transform=stored, codes=codes, scale=scale)
             report["head.sqnr_db"] = _rounded(weight_sqnr_db(weight_VD, codes, scales, grid))
         set_module(model_map.host, model_map.head.path, packed)
         return report
-
-
-def packed_bytes(shape: torch.Size, format_: MapFormat, pattern: Pattern | None = None) -> int:
-    """Stored bytes of a weight [rows, columns]: codes and scales, positions where it is sparse, and the static scale of
-    its activations.
-    """
-    rows, columns = shape
-    if pattern is not None:
-        return sparse_bytes(rows, columns, pattern, format_.weights, format_.activations)
-    scales = rows * (1 if format_.group_size is None else columns // format_.group_size)
-    static = 4 if format_.activations.endswith("tensor") else 0
-    return rows * columns * format_.bits // 8 + scales * _weights(format_).scale_dtype.itemsize + static
 
 
 def best_range(sample: RowSample, weight_OI: Tensor, bits: int, percentiles: tuple[float, ...]) -> tuple[float, float]:
@@ -359,27 +375,8 @@ def _pairs(calibration: Calibration) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(calibration.batches(), calibration.reference(), strict=True)
 
 
-def _grid(format_: MapFormat) -> Grid:
-    return Grid(format_.bits, format_.group_size)
-
-
-def _weights(format_: MapFormat) -> WeightFormat:
-    return WeightFormat(format_.bits, format_.group_size)
-
-
-def _activations(format_: MapFormat) -> ActivationFormat:
-    if format_.activations == "none":
-        return ActivationFormat()
-    kind, _, mode = format_.activations.partition("-")
-    return ActivationFormat(mode, 8 if kind == "int8" else 4)
-
-
-def _stored_scale(scales_OG: Tensor, format_: MapFormat) -> Tensor:
-    return scales_OG[:, 0] if format_.group_size is None else scales_OG
-
-
 def _rounded(value: float, digits: int = 4) -> float:
     return float(f"{min(value, 999.0):.{digits}g}")
 
 
-__all__ = ["Quantize", "best_range", "packed_bytes"]
+__all__ = ["Quantize", "best_range"]

@@ -140,7 +140,8 @@ class Rotate(Pass):
         if config.out != "none":
             found["out_proj"] = "R2 mixes its input channels"
         if config.residual != "none":
-            found |= {"in_proj": "R1 mixes its input channels", "out_proj": "R1 mixes its rows"}
+            channels = "R1 mixes its input channels"
+            found |= {"in_proj": channels, "out_proj": "R1 mixes its rows", "head": channels}
         return found
 
     # -- R1: the model -----------------------------------------------------------------------------------------------
@@ -184,6 +185,7 @@ class Rotate(Pass):
             host: Any = model_map.host
             host.config.tie_word_embeddings = False
         embedding.rotate_output(self._on(embedding))
+        model_map.basis = self.basis
 
     def enter_block(self, block: Block) -> None:
         if self.basis is None:

@@ -57,10 +57,12 @@ FORMATS = {
 
 
 SPARSE = {
-    "2of4": (Pattern(2, 4), ActivationFormat("token")),
-    "1of8-static": (Pattern(1, 8), ActivationFormat("tensor")),
-    "4of8": (Pattern(4, 8), ActivationFormat("token")),
-    "1of4-w8a16": (Pattern(1, 4), ActivationFormat("none")),
+    "2of4": (Pattern(2, 4), ActivationFormat("token"), torch.int8),
+    "1of8-static": (Pattern(1, 8), ActivationFormat("tensor"), torch.int8),
+    "4of8": (Pattern(4, 8), ActivationFormat("token"), torch.int8),
+    "1of4-w8a16": (Pattern(1, 4), ActivationFormat("none"), torch.int8),
+    "2of4-fp16": (Pattern(2, 4), ActivationFormat("none"), torch.float16),
+    "1of8-bf16": (Pattern(1, 8), ActivationFormat("none"), torch.bfloat16),
 }
 
 
@@ -94,15 +96,16 @@ def packed(outputs: int, inputs: int, form: str, bias: bool = False) -> Matrix:
 
 def sparse(weight: Tensor, bias_O: Tensor | None, form: str) -> Matrix:
     """A random matrix of that pattern; dense int8 where groups do not divide the inputs."""
-    pattern, activations = SPARSE[form]
+    pattern, activations, values = SPARSE[form]
     linear = PackedLinear.from_float(weight, bias_O, weights=WeightFormat(8), activations=activations,
                                      act_scale=0.05 if activations.mode == "tensor" else None)
     if weight.shape[1] % pattern.of:
         return Matrix(linear.qweight, linear.bias, linear.scale, None, None, activations.mode, linear.act_scale)
     mask = nm_mask(weight.abs(), pattern)
-    stream = pack_stream(kept_values(linear.codes(), mask), mask, pattern.keep, pattern.of)
-    return Matrix(stream, linear.bias, linear.scale, activation=activations.mode, act_scale=linear.act_scale,
-                  pattern=(pattern.keep, pattern.of), columns=weight.shape[1])
+    kept = kept_values(linear.codes() if values == torch.int8 else weight.to(values), mask)
+    return Matrix(pack_stream(kept, mask, pattern.keep, pattern.of), linear.bias,
+                  linear.scale if values == torch.int8 else None, activation=activations.mode,
+                  act_scale=linear.act_scale, pattern=(pattern.keep, pattern.of), shape=tuple(weight.shape))
 
 
 def rotation(size: int, block: int) -> Rotation:

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from mambacompress.kernels import native
-from mambacompress.models.packed import ActivationFormat, PackedLinear, PackedSparseLinear, WeightFormat, arrange
+from mambacompress.models.packed import (
+    ActivationFormat,
+    PackedLinear,
+    PackedSparseEmbedding,
+    PackedSparseHead,
+    PackedSparseLinear,
+    WeightFormat,
+    arrange,
+)
 from mambacompress.nm import Pattern, nm_mask
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not())
@@ -44,6 +52,47 @@ def test_arranged_shows_the_same_rows(pattern: str, mode: str) -> None:
     assert rows.state_dict().keys() == tiled.state_dict().keys()
     for name, tensor in rows.state_dict().items():
         assert torch.equal(tiled.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("values", ["float16", "bfloat16", "float32"])
+def test_floats_arranged_show_the_same_rows(values: str) -> None:
+    torch.manual_seed(0)
+    weight, pattern = torch.randn(45, 64), Pattern(1, 8)
+    mask = nm_mask(weight.abs(), pattern)
+    rows = PackedSparseLinear.from_mask(weight.masked_fill(~mask, 0), mask, pattern, torch.randn(45), values=values)
+    tiled, x = copy.deepcopy(rows), torch.randn(5, 64)
+    arrange(nn.Sequential(tiled))
+    assert tiled.tiled
+    assert torch.equal(tiled(x), rows(x))
+    torch.testing.assert_close(tiled(x), x @ rows.dequantize().T + rows.bias, rtol=1e-5, atol=1e-5)
+    assert torch.equal(tiled.codes(), rows.codes())
+    assert tiled.nbytes() == rows.nbytes()
+    for name, tensor in rows.state_dict().items():
+        assert torch.equal(tiled.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp16", "int8"])
+def test_a_tied_head_is_arranged_once(scaled: bool) -> None:
+    source = linear("2:4")
+    weight, scale = (source.codes(), source.scale) if scaled else (source.dequantize(), None)
+    embedding = PackedSparseEmbedding.from_mask(weight, source.kept(), source.pattern, scale=scale)
+    head = PackedSparseHead.sharing(embedding, activations=ActivationFormat("token" if scaled else "none"))
+    model, h, ids = nn.ModuleDict({"head": head, "embedding": embedding}), torch.randn(3, 64), torch.arange(45)[None]
+    logits, table = head(h), embedding(ids)
+    assert torch.equal(table[0], embedding.dequantize())
+    arrange(model)
+    assert head.stream is embedding.stream
+    assert head.tiled
+    assert embedding.tiled
+    assert torch.equal(head(h), logits)
+    assert torch.equal(embedding(ids), table)
+    assert torch.equal(embedding.half()(ids), table.half())
+    twin = copy.deepcopy(model)
+    assert twin["head"].stream is twin["embedding"].stream
+    later = PackedSparseHead.sharing(embedding, activations=head.activations)
+    assert torch.equal(later(h), logits)
+    with pytest.raises(ValueError, match="same format and shape"):
+        later.tie(PackedSparseEmbedding(45, 64, pattern="1:4", weights=embedding.weights))
 
 
 def test_loads_copies_and_leaves() -> None:

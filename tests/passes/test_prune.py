@@ -139,7 +139,9 @@ def test_a_group_of_too_many_does_not_verify(tiny_mamba: Any, tiny_tokenizer: An
     made = quantized(tiny_mamba, tiny_tokenizer, "nm-2of4")
     module = made.model.backbone.layers[0].mixer.in_proj
     assert module.excess() == 0
-    module.mask[0, 0] = 0b0111
+    state = module.state_dict()
+    state["mask"][0, 0] = 0b0111
+    module.load_state_dict(state)
     assert module.excess() == 2  # three of the first four, none of the next
     from safetensors.torch import load_file, save_file
 
@@ -181,7 +183,7 @@ def test_a_model_trained_sparse_stays_sparse(tiny_mamba: Any, tiny_tokenizer: An
 
 
 @pytest.mark.parametrize(("passes", "message"), [
-    ([{"prune": {"maps": ["embedding"]}}], "prune leaves embedding dense"),
+    ([{"prune": {"maps": ["embedding"]}}], "an embedding is looked up, not multiplied"),
     ([{"prune": {"keep": 4, "of": 4}}], "4:4 is no N:M pattern"),
     ([{"prune": {"method": "wanda", "round": "int8"}}], "belongs to sparsegpt"),
     ([{"prune": {"round": "int8"}}], "no quantize pass packs it"),

@@ -14,8 +14,9 @@ from mambacompress.models.heads import TransformedHead
 from mambacompress.models.modelmap import ModelMap, set_module
 from mambacompress.models.packed import PackedEmbedding, PackedHead, PackedLinear
 from mambacompress.numerics import Grid, quantize_activation, searched_scales, sqnr_db, widest_scales
+from mambacompress.passes.formats import packed_bytes
 from mambacompress.passes.observers import Moment, RowSample, inputs_of, percentile_of, watching
-from mambacompress.passes.quantize import Quantize, best_range, packed_bytes, round_weight
+from mambacompress.passes.quantize import Quantize, best_range, round_weight
 from mambacompress.schema import QuantizeConfig
 from tests.passes.hosts import adopted
 
