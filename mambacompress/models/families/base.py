@@ -300,9 +300,10 @@ def _without_extensions(stock: nn.Module) -> Iterator[None]:
     calls their CUDA kernels whatever the device and dtype, and they refuse a processor's tensors and fp64.
     """
     file = vars(sys.modules[type(stock).__module__])
-    called = {name: value for name, value in file.items()
-              if inspect.isfunction(value) and inspect.isfunction(getattr(value, "__wrapped__", None))}
-    file.update({name: value.__wrapped__ for name, value in called.items()})
+    wrapped = {name: getattr(value, "__wrapped__", None) for name, value in file.items() if inspect.isfunction(value)}
+    plain = {name: value for name, value in wrapped.items() if inspect.isfunction(value)}
+    called = {name: file[name] for name in plain}
+    file.update(plain)
     try:
         yield
     finally:
