@@ -6,7 +6,8 @@
 
 Every run (pattern, method, learning rate, seed, tokens) is one entry of the file, written when it is through; runs that
 stand there are left out, and one that was interrupted goes on from its checkpoint in ``OUT.runs``. So the same command,
-given again, finishes what is left; a longer list of rates or seeds adds to it. Runs are sequential, on one thread.
+given again, finishes what is left; a longer list of rates or seeds adds to it. Runs are sequential, on one thread;
+several processes, each with methods or rates of its own, may share the file.
 
 ``dense`` is trained for the same tokens with the same schedule and nothing pruned: what a sparse model is compared
 with. Perplexities are of the sparse weights in fp32 on the first windows of the held-out text, each from a zero state;
@@ -89,6 +90,8 @@ class Results:
         return key in self.document["runs"]
 
     def add(self, key: str, entry: dict[str, Any]) -> None:
+        if self.path.is_file():  # another process, with other methods or rates, may have added to it since
+            self.document["runs"] |= json.loads(self.path.read_text(encoding="utf-8"))["runs"]
         self.document["runs"][key] = entry
         storage.write_json(self.path, self.document)
 

@@ -31,7 +31,8 @@ from mambacompress.pass_schema import (
     WeightOverride,
     Weights,
 )
-from mambacompress.training.sparse_config import SoupConfig, SparseTraining
+from mambacompress.training.soup_config import SoupConfig
+from mambacompress.training.sparse_config import SparseTraining
 
 
 class CalibrationConfig(Strict):

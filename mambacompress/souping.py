@@ -1,13 +1,15 @@
 """``mc.soup``: prune in phases, retrain replicas of each, average them (``training.soup``), pack what comes out.
 
 Beside ``out`` lies ``out.soup``: a folder a replica with its checkpoint and, when it is through, its weights, and
-``soup.json`` with the figures. A crash loses at most the replica in flight; ``resume`` goes on with it. Under torchrun
-or ``accelerate launch`` the processes share every batch of a replica.
+``soup.json`` with the figures. A crash loses at most the replicas in flight; ``resume`` goes on with them. Replicas run
+one after the other; under torchrun or ``accelerate launch`` each process trains some of them, by itself, and all read
+what the others made from ``out.soup``, which all must see.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -25,16 +27,17 @@ from mambacompress.errors import UserError
 from mambacompress.eval import stats
 from mambacompress.eval.perplexity import token_losses, window_losses
 from mambacompress.eval.windows import Windows, make_windows
-from mambacompress.nm import Pattern
+from mambacompress.nm import Pattern, nm_mask, pruned
 from mambacompress.recipe import Recipe, load_recipe
 from mambacompress.sparsifying import packing, tokenizer_of
 from mambacompress.training import lm
 from mambacompress.training.processes import processes
 from mambacompress.training.session import Session
 from mambacompress.training.soup import average, distances, greedy, trained_state
-from mambacompress.training.sparse_config import SoupConfig, SparseTraining, stages
+from mambacompress.training.soup_config import SoupConfig
+from mambacompress.training.sparse_config import SparseTraining, stages
 
-WEIGHTS, REPORT = "weights.safetensors", "soup.json"
+WEIGHTS, REPORT, RUN = "weights.safetensors", "soup.json", "run.json"
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 
 
@@ -71,12 +74,15 @@ def soup(
     work = target.with_name(target.name + ".soup")
     if work.exists() and not resume:
         raise UserError(f"{work} already holds a run", "continue it with --resume, or choose another --out")
+    process = processes()
+    process.wait_for_everyone()  # before the first one writes there
     tokenizer = tokenizer_of(model, tokenizer)
     host = api.load(model) if isinstance(model, str | Path) else copy.deepcopy(model)
     rows = [data.encode(tokenizer, [text] if isinstance(text, str) else text) for text in (texts, eval_texts)]
+    _same_run(work, {"recipe": json.loads(chosen.canonical_json()), "windows": windows,
+                     "texts": [storage.sha256_json(row.tolist()) for row in rows]}, process)
     pot = _Pot(host, chosen.training, chosen.soup, prune.maps, rows[0], make_windows(rows[1], limit=windows), work,
                progress or (lambda stage, done, total, figures: None))
-    process = processes()
     patterns = stages(chosen.training.changed(method="sdgf-stepwise", reach=None), prune.pattern)
     report = [pot.phase(i, pattern) for i, pattern in enumerate(patterns)]
     if process.is_main_process:
@@ -84,6 +90,18 @@ def soup(
         api.apply_recipe(pot.host, packing(chosen), tokenizer=tokenizer, out=target, resume=resume)
     process.wait_for_everyone()
     return Compressed(target, read_manifest(target), temporary)
+
+
+def _same_run(work: Path, run: dict[str, Any], process: Any) -> None:
+    """Note in ``work`` which run it holds; raises UserError where it is another one."""
+    noted = work / RUN
+    if noted.is_file() and json.loads(noted.read_text(encoding="utf-8")) != run:
+        raise UserError(f"the unfinished run in {work} was started with another recipe or text",
+                        "repeat its command, or choose another --out")
+    process.wait_for_everyone()
+    if process.is_main_process:
+        storage.make_directory(work)
+        storage.write_json(noted, run)
 
 
 class _Pot:
@@ -96,9 +114,16 @@ class _Pot:
 
     def phase(self, index: int, pattern: Pattern) -> dict[str, Any]:
         """Prune, retrain the replicas, average; the figures of the phase."""
-        variants = self.config.variants(self.training)
+        took = self._taken(pattern)
+        variants = self.config.variants(self.training, took)
         names = [f"phase{index}-replica{i}" for i in range(len(variants))]
-        states = [self._replica(name, variant, pattern) for name, variant in zip(names, variants, strict=True)]
+        baseline = f"phase{index}-baseline"
+        runs = dict(zip(names, variants, strict=True))
+        if self.config.baseline:
+            longer = self.training.changed(steps=self.training.steps * len(variants))
+            runs[baseline] = self.config.retraining(longer, took)
+        self._train(runs, pattern)
+        states = [load_file(self.work / name / WEIGHTS) for name in names]
         alone = [self._loss(state) for state in states]
         sparse = {name: pattern for name in states[0] if name.removesuffix(".weight").endswith(tuple(self.maps))}
         taken = list(range(len(states)))
@@ -109,33 +134,51 @@ class _Pot:
         report: dict[str, Any] = {
             "pattern": str(pattern), "vary": self.config.vary,
             "values": [getattr(variant, self.config.vary) for variant in variants],
+            "retrain": self.config.retrain, "pruning_took": took,
             "candidates": [loss.value for loss in alone], "se": [loss.se for loss in alone],
             "mean": sum(loss.value for loss in alone) / len(alone), "best": min(loss.value for loss in alone),
             "taken": taken, "soup": self._loss(mixed).value, "ensemble": self._ensemble(states),
             "distance_to_barycentre": distances(states)}
         if self.config.baseline:
-            longer = self.training.changed(steps=self.training.steps * len(states))
-            report["compute_matched"] = self._loss(self._replica(f"phase{index}-baseline", longer, pattern)).value
+            report["compute_matched"] = self._loss(load_file(self.work / baseline / WEIGHTS)).value
         self._fill(mixed)
         self.host.config.nm_sparsity = dict.fromkeys(self.maps, str(pattern))
         return report
 
-    def _replica(self, name: str, training: SparseTraining, pattern: Pattern) -> dict[str, Tensor]:
-        """The weights of one replica, trained now or before."""
-        folder = self.work / name
-        if (folder / WEIGHTS).is_file():
-            return load_file(folder / WEIGHTS)
-        model, config = copy.deepcopy(self.host), training.run()
+    @torch.no_grad()
+    def _taken(self, pattern: Pattern) -> float:
+        """What pruning to ``pattern`` takes of the weights: see ``soup_config``."""
+        whole, gone, left, went = 0.0, 0.0, 0, 0
+        for name, weight in self.host.named_parameters():
+            if name.removesuffix(".weight").endswith(tuple(self.maps)):
+                rest = pruned(weight, nm_mask(weight.abs(), pattern))
+                whole += float(weight.double().square().sum())
+                gone += float((weight - rest).double().square().sum())
+                left += int((weight != 0).sum())
+                went += int((weight != 0).sum() - (rest != 0).sum())
+        return float((gone / whole / (went / left)) ** 0.5) if went else 0.0
+
+    def _train(self, runs: Mapping[str, SparseTraining], pattern: Pattern) -> None:
+        """Train every run whose weights are not there; each process takes some, the longest first to whoever has least.
+        """
+        process = processes()
+        loads = [0] * process.num_processes
+        for name, training in sorted(runs.items(), key=lambda run: -run[1].steps):
+            who = loads.index(min(loads))
+            loads[who] += training.steps
+            if who == process.process_index and not (self.work / name / WEIGHTS).is_file():
+                self._replica(name, training, pattern)
+        process.wait_for_everyone()
+
+    def _replica(self, name: str, training: SparseTraining, pattern: Pattern) -> None:
+        """Train one run by this process alone, and write its weights."""
+        model, config, folder = copy.deepcopy(self.host), training.run(), self.work / name
         with Session(model, training, pattern, self.maps, fixed=True) as session, closing(
-                lm.train(model, self.tokens, config, folder, resume=True, method=session)) as rows:
+                lm.train(model, self.tokens, config, folder, resume=True, method=session, alone=True)) as rows:
             for row in rows:
                 self.told(name, int(row["step"]) + 1, config.steps, row | {"sparsity": session.sparsity()})
-        state = trained_state(model)
-        if processes().is_main_process:
-            storage.write_tensors(folder / WEIGHTS, state)
-            (folder / lm.CHECKPOINT).unlink(missing_ok=True)
-        processes().wait_for_everyone()
-        return state
+        storage.write_tensors(folder / WEIGHTS, trained_state(model))
+        (folder / lm.CHECKPOINT).unlink(missing_ok=True)
 
     def _fill(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

@@ -26,7 +26,7 @@ from mambacompress.kernels.tile_math import SMALLEST_SCALE, codes_of, narrow, op
 FEW_ROWS = 32
 FEW = [({"BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_I": 128}, 4, 4), ({"BLOCK_T": 16, "BLOCK_O": 16, "BLOCK_I": 256}, 4, 4),
        ({"BLOCK_T": 32, "BLOCK_O": 64, "BLOCK_I": 128}, 4, 4)]
-MANY = [({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 128}, 4, 3), ({"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_I": 64}, 8, 3),
+MANY = [({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 128}, 8, 3), ({"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_I": 64}, 8, 3),
         ({"BLOCK_T": 64, "BLOCK_O": 128, "BLOCK_I": 64}, 4, 3)]
 KEY = ["ROWS", "inputs", "outputs"]
 

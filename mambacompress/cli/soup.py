@@ -30,12 +30,16 @@ def soup(
 ) -> None:
     """Prune MODEL in phases, retrain replicas of each phase with one factor varied, and average them.
 
-    Replicas run one after the other; a crash loses at most the one in flight. Their weights and `soup.json` (every
-    candidate, mean, soup, ensemble, a compute-matched baseline) stay in OUT.soup.
+    Replicas run one after the other, or, under torchrun, spread over its processes; a crash loses at most those in
+    flight. Their weights and `soup.json` (every candidate, mean, soup, ensemble, a compute-matched baseline) stay in
+    OUT.soup. `soup.retrain` names the schedule: FT, LRW, SLR, CLR, LLR or ALLR.
 
-    **Example**
+    **Examples**
 
     `mambacompress soup ./mamba-130m --text train.jsonl.xz --eval-text valid.jsonl.xz --set soup.vary=learning_rate`
+
+    `torchrun --standalone --nproc-per-node 4 -m mambacompress soup ./mamba-130m --text train.jsonl.xz --eval-text
+    valid.jsonl.xz --set soup.retrain=LLR`
     """
     from mambacompress.cli import render
     from mambacompress.errors import UserError

@@ -1,7 +1,7 @@
 """What a training run is: its numbers, the learning rate of every step, and how a user changes them. No torch.
 
-Schedules: cosine to ``final`` x peak; WSD (warm-up, stable, decay; Hu et al. 2024, MiniCPM): constant, then linear to
-``final`` over the last fifth.
+Schedules, after the warm-up: cosine to ``final`` x peak; WSD (warm-up, stable, decay; Hu et al. 2024, MiniCPM):
+constant, then linear to ``final`` over the last fifth; linear to ``final``; constant.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from mambacompress.errors import UserError, did_you_mean
 
-SCHEDULES = ("cosine", "wsd")
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
 PRECISIONS = ("fp32", "bf16", "auto")
 KINDS = {int: "whole number", float: "number", str: "word"}
 
@@ -26,6 +26,7 @@ class TrainConfig:
     learning_rate: the peak, reached after ``warmup`` steps; ``final``: what is left of it at the end. clip: the largest
     gradient norm. accumulate: micro-batches a step. precision: ``fp32``, ``bf16`` (refused where the hardware would
     only emulate it) or ``auto``: bf16 where the hardware computes it, else fp32. save_every: steps a checkpoint.
+    tail_of: the schedule is that of a run of so many steps, and this run its end; 0: its own.
     """
 
     steps: int
@@ -41,6 +42,7 @@ class TrainConfig:
     seed: int = 0
     precision: str = "fp32"
     save_every: int = 500
+    tail_of: int = 0
 
     def __post_init__(self) -> None:
         for name, value, known in (("schedule", self.schedule, SCHEDULES), ("precision", self.precision, PRECISIONS)):
@@ -57,7 +59,9 @@ class TrainConfig:
                                     ("seed", 0 <= self.seed < 2**32, "a number from 0 to 2^32 - 1")):
             if not fits:
                 raise UserError(f"{name} = {getattr(self, name)} is no training run", f"make it {allowed}")
-        if self.warmup >= self.steps:
+        if self.tail_of and self.tail_of < self.steps:
+            raise UserError(f"a run of {self.steps} steps is no end of one of {self.tail_of}", "shorten it")
+        if self.warmup >= (self.tail_of or self.steps):
             raise UserError(f"a warm-up of {self.warmup} steps does not fit into a run of {self.steps}",
                             f"shorten it: --set warmup={self.steps // 10}")
         if self.batch % self.accumulate:
@@ -75,14 +79,14 @@ SETTINGS = get_type_hints(TrainConfig)
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of optimizer step ``step`` (from 0)."""
+    total = config.tail_of or config.steps
+    step += total - config.steps
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    if config.schedule == "cosine":
-        factor = config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * done))
-    else:
-        factor = 1.0 if done < 0.8 else 1 - (1 - config.final) * (done - 0.8) / 0.2
-    return config.learning_rate * factor
+    done = (step - config.warmup) / max(1, total - config.warmup)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "wsd": min(1.0, (1 - done) / 0.2), "linear": 1 - done,
+             "constant": 1.0}[config.schedule]
+    return config.learning_rate * (config.final + (1 - config.final) * shape)
 
 
 def overridden(config: TrainConfig, changes: Iterable[str] | Mapping[str, Any]) -> TrainConfig:

@@ -37,7 +37,7 @@ from mambacompress.errors import UserError
 from mambacompress.training.captured import Captured, can_replay
 from mambacompress.training.config import TrainConfig, learning_rate
 from mambacompress.training.log import TrainingLog
-from mambacompress.training.processes import processes
+from mambacompress.training.processes import Alone, processes
 
 CHECKPOINT = "checkpoint.safetensors"
 RUN = "trainer.json"
@@ -148,22 +148,23 @@ class Method(Protocol):
 
 
 def train(model: Any, tokens: Tensor, config: TrainConfig, out: Path, *, resume: bool = False,
-          method: Method | None = None) -> Generator[dict[str, float], None, None]:
+          method: Method | None = None, alone: bool = False) -> Generator[dict[str, float], None, None]:
     """Train ``model`` in place on one row of token ids, int64 [n]: ``fit`` on its ``Text``.
 
     model: called as ``model(input_ids=int64 [B, L], use_cache=False).logits`` ([B, L, V]).
     """
-    yield from fit(model, Text(tokens, config, method), config, out, resume=resume, method=method)
+    yield from fit(model, Text(tokens, config, method), config, out, resume=resume, method=method, alone=alone)
 
 
 def fit(model: Any, source: Source, config: TrainConfig, out: Path, *, resume: bool = False,
-        method: Method | None = None) -> Generator[dict[str, float], None, None]:
+        method: Method | None = None, alone: bool = False) -> Generator[dict[str, float], None, None]:
     """Train ``model`` in place on ``source``; yields a row after each step: what its log holds (see ``log``) and
     tokens_per_second.
 
     model: any module that ``source`` knows how to call; left in training mode. Checkpoints and the log go to ``out``;
     with ``resume`` the run in ``out`` goes on where it was (from the start, where there is none yet). method: what
-    trains beyond plain AdamW on the source's loss.
+    trains beyond plain AdamW on the source's loss. alone: this process trains ``model`` by itself, whatever other
+    processes of its launch do.
 
     Raises UserError where ``out`` holds a run that is not resumed, or one of another configuration, source or model;
     where the batch does not divide over the processes; where bf16 is asked for and would be emulated; and where the
@@ -172,7 +173,7 @@ def fit(model: Any, source: Source, config: TrainConfig, out: Path, *, resume: b
     from accelerate import Accelerator
 
     processes()
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Alone() if alone else Accelerator(mixed_precision="no")
     config = settled(config, accelerator.device)
     share = config.batch // (config.accumulate * accelerator.num_processes)
     if share * config.accumulate * accelerator.num_processes != config.batch:

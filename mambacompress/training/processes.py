@@ -8,9 +8,12 @@ so; here it is said.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mambacompress.errors import UserError
 
@@ -35,6 +38,32 @@ def processes() -> Any:
         raise UserError(f"{launched} processes were launched, and they would train {launched} models",
                         "set ACCELERATE_USE_CPU=true to train on CPUs, or launch a single one")
     return state
+
+
+class Alone:
+    """What accelerate's Accelerator is to a training loop, for a process that trains by itself while others of its
+    launch train something else.
+    """
+
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def __init__(self) -> None:
+        self.device = processes().device
+
+    def prepare(self, model: Any, optimizer: Any) -> tuple[Any, Any]:
+        return model.to(self.device), optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor], largest: float) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+
+    def gather(self, value: Tensor) -> Tensor:
+        return value
+
+    def no_sync(self, model: Any) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def _lone_of_several() -> bool:

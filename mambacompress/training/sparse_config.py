@@ -17,7 +17,6 @@ and the mask is fixed from there on (``freeze`` says otherwise). Asked for in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -56,13 +55,14 @@ class SparseTraining(Strict):
     learning_rate: PositiveFloat = 1e-3
     final: Annotated[float, Field(ge=0, le=1)] = 0.05
     warmup: Annotated[int, Field(ge=0)] = 50
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: PositiveFloat = 1.0
     accumulate: PositiveInt = 1
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["fp32", "bf16", "auto"] = "auto"
     save_every: PositiveInt = 500
+    tail_of: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _legal(self) -> SparseTraining:
@@ -78,38 +78,6 @@ class SparseTraining(Strict):
     def changed(self, **changes: Any) -> SparseTraining:
         """The same with some values replaced, checked again."""
         return SparseTraining.model_validate(self.model_dump() | changes)
-
-
-class SoupConfig(Strict):
-    """replicas: of each phase. vary: the one factor that differs; values: what it takes, one a replica (None: seeds
-    count up, the others are scaled around the recipe's). average: how they are mixed. baseline: also train one replica
-    as many times as long, to compare with.
-    """
-
-    replicas: PositiveInt = 3
-    vary: Literal["seed", "weight_decay", "steps", "learning_rate"] = "seed"
-    values: tuple[float, ...] | None = Field(None, min_length=1)
-    average: Literal["uniform", "greedy"] = "uniform"
-    baseline: bool = True
-
-    @model_validator(mode="after")
-    def _legal(self) -> SoupConfig:
-        if self.values is not None and len(self.values) != self.replicas:
-            raise ValueError(f"{len(self.values)} values do not make {self.replicas} replicas")
-        return self
-
-    def variants(self, training: SparseTraining) -> list[SparseTraining]:
-        """The training of each replica."""
-        own = getattr(training, self.vary)
-        if self.values is not None:
-            values: Sequence[float] = self.values
-        elif self.vary == "seed":
-            values = [own + i for i in range(self.replicas)]
-        else:  # a factor of two between the least and the most
-            count = max(1, self.replicas - 1)
-            values = [own * 2 ** (i / count - 0.5) for i in range(self.replicas)]
-        whole = self.vary in ("seed", "steps")
-        return [training.changed(**{self.vary: round(value) if whole else value}) for value in values]
 
 
 @dataclass(frozen=True)
@@ -163,4 +131,4 @@ def required_steps(training: SparseTraining) -> None:
                         "say steps= where the session begins")
 
 
-__all__ = ["METHODS", "Method", "Phase", "SoupConfig", "SparseTraining", "phase", "required_steps", "stages"]
+__all__ = ["METHODS", "Method", "Phase", "SparseTraining", "phase", "required_steps", "stages"]

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from mambacompress.errors import UserError
 from mambacompress.training import lm
 from mambacompress.training.lm import CHECKPOINT, RUN, parameter_groups, token_loss, train
 from mambacompress.training.log import LOG, read_log
+from tests.training.pair import two_processes
 from tests.training.toy import VOCABULARY, Toy, Wrapped, config, tokens
 
 
@@ -111,21 +108,10 @@ def test_accumulation_equals_the_big_batch(tmp_path: Path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_two_processes_see_the_losses_of_one(tmp_path: Path, repository: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = [sys.executable, str(repository / "tests" / "training" / "toy.py"), str(tmp_path / "two")]
-    common = os.environ | {"PYTHONPATH": str(repository), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-                           "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [subprocess.Popen(script, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
+def test_two_processes_see_the_losses_of_one(tmp_path: Path):
     alone = Wrapped()
     one = losses(tmp_path / "one", alone, accumulate=2)
-    answers = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], answers
-    two = [json.loads(answer[0].splitlines()[-1]) for answer in answers]
+    two = [json.loads(out.splitlines()[-1]) for out in two_processes("toy.py", str(tmp_path / "two"))]
     assert two[0] == two[1]
     torch.testing.assert_close(two[0], one, rtol=1e-5, atol=0.0)
     stored = load_file(tmp_path / "two" / CHECKPOINT)

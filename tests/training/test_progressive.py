@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from mambacompress.training.log import read_log
 from mambacompress.training.progressive import Chain, Mixture, Remembered, Residual
 from mambacompress.training.vision import Labels, logits_of
 from tests.training.chain import DATA, RECIPE, run
+from tests.training.pair import two_processes
 
 
 @pytest.fixture(autouse=True)
@@ -209,18 +206,8 @@ def test_a_stopped_run_goes_on_to_the_same_losses(finished: tuple[Path, Any], tm
         assert read_log(tmp_path / name) == read_log(finished[0] / name)
 
 
-def test_two_processes_see_the_losses_of_one(finished: tuple[Path, Any], tmp_path: Path, repository: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = [sys.executable, str(repository / "tests" / "training" / "chain.py"), str(tmp_path)]
-    common = os.environ | {"PYTHONPATH": str(repository), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-                           "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [subprocess.Popen(script, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                                  stderr=subprocess.PIPE) for rank in range(2)]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+def test_two_processes_see_the_losses_of_one(finished: tuple[Path, Any], tmp_path: Path):
+    two_processes("chain.py", str(tmp_path))
     for name in ("teacher", "student-1", "student-2", "single"):
         one, two = ([row["loss"] for row in read_log(out / name)] for out in (finished[0], tmp_path))
         torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)

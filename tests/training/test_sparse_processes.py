@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.training.pair import two_processes
 from tests.training.sparse_process import result
 
 
-def two_processes(repository: Path, *arguments: str) -> list[Any]:
-    """What each of two processes printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = [sys.executable, str(repository / "tests" / "training" / "sparse_process.py"), *arguments]
-    common = os.environ | {"PYTHONPATH": str(repository), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-                           "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [subprocess.Popen(script, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
-    answers = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], answers
-    return [json.loads(answer[0].splitlines()[-1]) for answer in answers]
+def answers(*arguments: str) -> list[Any]:
+    """What each of two processes found."""
+    return [json.loads(out.splitlines()[-1]) for out in two_processes("sparse_process.py", *arguments)]
 
 
 @pytest.mark.parametrize(("wrapper", "methods"), [("trainer", ("sr-ste", "cast")),
                                                   ("loop", ("sr-ste", "mdgf-linear", "cast"))])
-def test_two_processes_have_the_masks_and_losses_of_one(tmp_path: Path, repository: Path, wrapper: str,
-                                                        methods: tuple[str, ...]):
-    first, second = two_processes(repository, wrapper, str(tmp_path / "two"), *methods)
+def test_two_processes_have_the_masks_and_losses_of_one(tmp_path: Path, wrapper: str, methods: tuple[str, ...]):
+    first, second = answers(wrapper, str(tmp_path / "two"), *methods)
     assert first == second
     for method, two in zip(methods, first, strict=True):
         one = result(wrapper, method, tmp_path / "one")
@@ -46,8 +31,8 @@ def test_two_processes_have_the_masks_and_losses_of_one(tmp_path: Path, reposito
     assert len(set(first[0]["masks"])) > 3  # they did move
 
 
-def test_fsdp1_is_refused_with_the_reason(tmp_path: Path, repository: Path):
-    first, second = two_processes(repository, "fsdp1", str(tmp_path))
+def test_fsdp1_is_refused_with_the_reason(tmp_path: Path):
+    first, second = answers("fsdp1", str(tmp_path))
     assert first == second
     assert "has been flattened" in first[0]
     assert "groups of M weights lie across processes" in first[1]
