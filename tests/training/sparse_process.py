@@ -1,9 +1,9 @@
-"""One process of sparse training runs: ``python sparse_process.py WRAPPER OUT METHOD ...``.
+"""One process of sparse training runs: ``python sparse_process.py OUT WRAPPER:METHOD ... fsdp1``.
 
-WRAPPER: ``trainer`` (the package's, on accelerate: DistributedDataParallel where there are two processes), ``loop``, a
-loop of its own, under ``fully_shard`` where there are several, or ``fsdp1``. The process reads its rank from the
-environment and prints, as one line of JSON, for each method its losses and a digest of all masks, in whole rows, after
-every step, and of the zeros at the end.
+WRAPPER: ``trainer`` (the package's, on accelerate: DistributedDataParallel where there are two processes) or ``loop``,
+a loop of its own, under ``fully_shard`` where there are several. The process reads its rank from the environment and
+prints, as one line of JSON, for each of them its losses and a digest of all masks, in whole rows, after every step, and
+of the zeros at the end; for ``fsdp1`` what is said to it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,6 @@ def refusals() -> list[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    kind, folder, *methods = sys.argv[1:]
-    if kind != "trainer":
-        dist.init_process_group("gloo")
-    print(json.dumps(refusals() if kind == "fsdp1" else [result(kind, name, Path(folder)) for name in methods]))
+    dist.init_process_group("gloo")
+    folder, *runs = sys.argv[1:]
+    print(json.dumps({run: refusals() if run == "fsdp1" else result(*run.split(":"), Path(folder)) for run in runs}))
