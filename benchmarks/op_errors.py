@@ -3,8 +3,8 @@
 The fp64 result is the reference's own, on the inputs as rounded to the op's dtype. An error is |op - fp64| over the RMS
 of the fp64 result; *typical* is the median over all elements and problems, *worst* the largest. For gradients the loss
 is a random weighting of both outputs. Integer linears are compared with the exact product of the very codes they round
-their input to: rounding the input is the recipe's choice, not the kernel's error. The norms and the Hadamard rotation
-with an int8 output have no row: their codes are those of the float op, bit for bit (tested).
+their input to: rounding the input is the recipe's choice, not the kernel's error. What is exact has no row, only tests:
+norms and rotation with an int8 output, whose codes are those of the float op, and the lookup in a sparse embedding.
 
 Legend: B batch, L tokens, E channels, N d_state, G groups, H heads, P head_dim, T rows, I inputs, O outputs.
 """
@@ -26,9 +26,12 @@ from mambacompress.kernels.causal_conv1d import (
     same_conv1d,
     same_conv1d_reference,
 )
+from mambacompress.kernels.divergence import divergence, token_losses
 from mambacompress.kernels.hadamard import hadamard, hadamard_reference
 from mambacompress.kernels.int4_linear import dequantize_int4, int4_linear
 from mambacompress.kernels.int8_linear import int8_linear, quantize_rows
+from mambacompress.kernels.mixer_prefill import mixer_prefill
+from mambacompress.kernels.mixer_prefill.reference import mixer_prefill_reference
 from mambacompress.kernels.mixer_step import (
     BlockState,
     Conv,
@@ -38,11 +41,14 @@ from mambacompress.kernels.mixer_step import (
     mixer_step,
     mixer_step_reference,
 )
+from mambacompress.kernels.nm_linear import nm_linear
+from mambacompress.kernels.nm_linear.reference import expand, kept_values, pack_positions
 from mambacompress.kernels.rms_norm import gated_rms_norm, gated_rms_norm_reference, rms_norm, rms_norm_reference
 from mambacompress.kernels.selective_scan import selective_scan, selective_scan_reference
 from mambacompress.kernels.selective_state_update import selective_state_update, selective_state_update_reference
 from mambacompress.kernels.ssd_scan import ssd_scan, ssd_scan_sequential
 from mambacompress.kernels.ssd_state_update import ssd_state_update, ssd_state_update_reference
+from mambacompress.nm import Pattern, nm_mask
 
 READING = ("Errors are relative to the RMS of the fp64 result on the same rounded inputs: the median and the largest "
            "of all elements. bf16 results carry their own rounding, 2^-9 of an element that may be many times the RMS.")
@@ -132,8 +138,12 @@ def _cases() -> Iterator[tuple[str, str, torch.dtype, Runs]]:
             what = f"{'per-token' if mode == 'token' else 'float'} activations, {rows} row{'s' * (rows > 1)}"
             yield "int8_linear", what, torch.float32, _int8(rows, mode)
             yield "int4_linear", f"groups of 64, {what}", torch.float32, _int4(rows, mode)
+            yield "nm_linear", f"int8 2:4, {what}", torch.float32, _sparse(rows, mode)
     for batch in (1, 8):
         yield "mixer_step", f"Mamba-1 and Mamba-2 block, batch {batch}", torch.float32, _mixer(batch)
+    yield "mixer_prefill", "Mamba-1 and Mamba-2 block, 2 x 64 tokens", torch.float32, _mixer(2, 64)
+    yield "divergence", "losses", torch.float32, _losses
+    yield "divergence", "KL divergences of 1e-4", torch.float32, _divergences
 
 
 def _results(op: Op, inputs: list[Tensor]) -> list[Tensor]:
@@ -238,7 +248,35 @@ def _int4(rows: int, mode: str) -> Runs:
     return run
 
 
-def _mixer(batch: int) -> Runs:
+def _sparse(rows: int, mode: str) -> Runs:
+    def run(random: Random) -> Iterator[tuple[Tensor, Tensor]]:
+        x_TI, q_OI = random.normal(rows, 768), random.codes(-127, 128, torch.int8, 512, 768)
+        mask_OI, scale_O = nm_mask(q_OI.abs().int(), Pattern(2, 4)), random.normal(512).abs()
+        values_OV, positions_OB = kept_values(q_OI, mask_OI), pack_positions(mask_OI, 2, 4)
+        exact_OI = expand(values_OV.double(), positions_OB, 768, 2, 4) * scale_O.double()[:, None]
+        with torch.no_grad():
+            yield (nm_linear(x_TI, values_OV, positions_OB, scale_O, keep=2, of=4, activation=mode),
+                   _exact_product(x_TI, exact_OI, mode))
+
+    return run
+
+
+def _losses(random: Random) -> Iterator[tuple[Tensor, Tensor]]:
+    logits_NV, targets_N = 4 * random.normal(64, 4096), random.codes(0, 4096, torch.int64, 64)
+    yield (token_losses(logits_NV, targets_N),
+           torch.nn.functional.cross_entropy(logits_NV.double(), targets_N, reduction="none"))
+
+
+def _divergences(random: Random) -> Iterator[tuple[Tensor, Tensor]]:
+    baseline_NV, targets_N = 4 * random.normal(64, 4096), random.codes(0, 4096, torch.int64, 64)
+    logits_NV = baseline_NV + 0.014 * random.normal(64, 4096)
+    p_NV, q_NV = (x.double().log_softmax(-1) for x in (baseline_NV, logits_NV))
+    yield divergence(logits_NV, baseline_NV, targets_N).kl, (p_NV.exp() * (p_NV - q_NV)).sum(-1)
+
+
+def _mixer(batch: int, tokens: int = 0) -> Runs:
+    """A decode step, or ``tokens`` of a prefill."""
+
     def run(random: Random) -> Iterator[tuple[Tensor, Tensor]]:
         D, E, N, R, H = 192, 384, 16, 12, 6
 
@@ -254,12 +292,13 @@ def _mixer(batch: int) -> Runs:
                        random.normal(H) - 4, (0.0, float("inf")), random.normal(E), 1e-5, matrix(D, E), states=N)
         states = [BlockState(random.normal(batch, 3, E), random.normal(batch, E, N)),
                   BlockState(random.normal(batch, 3, mixed), random.normal(batch, H, E // H, N))]
-        h_BD = random.normal(batch, D)
+        h = random.normal(batch, *([tokens] if tokens else []), D)
+        op, reference = ((mixer_prefill, mixer_prefill_reference) if tokens else (mixer_step, mixer_step_reference))
         with torch.no_grad():
-            y_BD, new = mixer_step(h_BD, [s6, ssd], states)
-            exact_BD, exact = mixer_step_reference(h_BD.double(), [_doubled(s6), _doubled(ssd)],
-                                                   [BlockState(*(x.double() for x in state)) for state in states])
-        yield y_BD, exact_BD
+            y, new = op(h, [s6, ssd], states)
+            exact_y, exact = reference(h.double(), [_doubled(s6), _doubled(ssd)],
+                                       [BlockState(*(x.double() for x in state)) for state in states])
+        yield y, exact_y
         for got, wanted in zip(new, exact, strict=True):
             yield from zip(got, wanted, strict=True)
 
