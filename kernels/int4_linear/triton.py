@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mambacompress.kernels import gpu
-from mambacompress.kernels.int8_linear.triton import quantize_rows_triton, rows_class, rows_of_input
-from mambacompress.kernels.tile_math import narrow, operand, tile_of, wide
+from mambacompress.kernels.int8_linear.triton import quantized_input, row_scales, rows_class, rows_of_input
+from mambacompress.kernels.tile_math import codes_of, narrow, operand, tile_of, wide
 
 FEW_ROWS = 4
 KEY = ["ROWS", "inputs", "outputs"]
@@ -69,9 +69,10 @@ def _row_kernel(
 
 @triton.jit
 def _linear_kernel(
-    p_x, p_token, p_weight, p_scale, p_zero, p_bias, p_y, rows, inputs, outputs, x_row, ROWS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    p_x, p_token, p_static, p_weight, p_scale, p_zero, p_bias, p_y, rows, inputs, outputs, x_row, ROWS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, qmax: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):
+    """p_token, p_static, qmax: as in ``int8_linear``."""
     i_t, i_o = tile_of(tl.program_id(0), rows, outputs, BLOCK_T, BLOCK_O, 8)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_o = i_o * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -80,6 +81,10 @@ def _linear_kernel(
     groups = inputs // GROUP_SIZE
     p_a = p_x + o_t[:, None].to(tl.int64) * x_row + o_i[None, :]  # [T, g]
     p_b = p_weight + o_o[:, None].to(tl.int64) * (inputs // 2) + o_h[None, :]  # [O, g/2]
+    if p_token is not None:
+        b_token = tl.load(p_token + o_t, mask=m_t, other=0.0)
+    elif qmax:
+        b_token = row_scales(p_x, p_static, o_t, m_t, x_row, inputs, qmax, GROUP_SIZE)
     b_sum = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
     for g in range(0, groups):
         b_a = tl.load(p_a + g * GROUP_SIZE, mask=m_t[:, None], other=0)
@@ -90,20 +95,22 @@ def _linear_kernel(
             b_codes = b_codes - 8
         else:
             b_codes = b_codes - tl.load(p_zero + o_o * groups + g, mask=m_o, other=0).to(tl.int8)[:, None]
-        if p_token is None:
+        if qmax:
+            if p_token is None:
+                b_a = codes_of(wide(b_a), b_token[:, None], qmax)
+            b_sum += tl.dot(b_a, tl.trans(b_codes), out_dtype=tl.int32).to(tl.float32) * b_scale[None, :]
+        else:
             b_a = operand(b_a)
             b_sum += tl.dot(b_a, tl.trans(b_codes.to(b_a.dtype)), input_precision="ieee") * b_scale[None, :]
-        else:
-            b_sum += tl.dot(b_a, tl.trans(b_codes), out_dtype=tl.int32).to(tl.float32) * b_scale[None, :]
-    if p_token is not None:
-        b_sum = b_sum * tl.load(p_token + o_t, mask=m_t, other=0.0)[:, None]
+    if qmax:
+        b_sum = b_sum * b_token[:, None]
     if p_bias is not None:
         b_sum = b_sum + wide(tl.load(p_bias + o_o, mask=m_o, other=0.0))[None, :]
     tl.store(p_y + o_t[:, None].to(tl.int64) * outputs + o_o[None, :], narrow(b_sum, p_y),
              mask=m_t[:, None] & m_o[None, :])
 
 
-_few_rows = gpu.tuned([({"BLOCK_T": 16, "BLOCK_O": 32}, 4, 4), ({"BLOCK_T": 16, "BLOCK_O": 64}, 4, 3)],
+_few_rows = gpu.tuned([({"BLOCK_T": 16, "BLOCK_O": 32}, 4, 4), ({"BLOCK_T": 16, "BLOCK_O": 64}, 8, 3)],
                       KEY)(_linear_kernel)
 _many_rows = gpu.tuned([({"BLOCK_T": 64, "BLOCK_O": 64}, 4, 3), ({"BLOCK_T": 128, "BLOCK_O": 64}, 8, 2)],
                        KEY)(_linear_kernel)
@@ -116,7 +123,7 @@ def int4_linear_triton(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor |
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    x_TI, token = rows_of_input(x), None
+    x_TI = rows_of_input(x)
     rows = x_TI.shape[0]
     scale = scale if scale.dtype in gpu.FLOATS else scale.float()
     packed = (qweight.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous(),
@@ -125,13 +132,12 @@ def int4_linear_triton(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor |
         gpu.launch(_row_kernel, lambda meta: (triton.cdiv(outputs, meta["BLOCK_O"]), rows), x_TI, *packed, y, inputs,
                    outputs, inputs // group_size, x_TI.stride(0), ROWS=rows_class(rows), HALF=group_size // 2)
         return y
-    if activation != "none":
-        x_TI, token = quantize_rows_triton(x_TI, act_scale if activation == "tensor" else None, act_bits)
+    x_TI, token, static, qmax = quantized_input(x_TI, outputs, activation, act_scale, act_bits)
     gpu.launch(
         _few_rows if rows <= 32 else _many_rows,
-        lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(outputs, meta["BLOCK_O"]),), x_TI, token,
-        *packed, y, rows, inputs, outputs, x_TI.stride(0), ROWS=rows_class(rows), GROUP_SIZE=group_size,
-        enable_fp_fusion=token is None)
+        lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(outputs, meta["BLOCK_O"]),), x_TI, token, static,
+        *packed, y, rows, inputs, outputs, x_TI.stride(0), ROWS=rows_class(rows), GROUP_SIZE=group_size, qmax=qmax,
+        enable_fp_fusion=not qmax)
     return y
 
 
@@ -140,7 +146,7 @@ def offline_calls() -> None:
     for size in (32, 64, 128):
         weight = torch.empty(3072, 768, dtype=torch.uint8, device="meta")
         scale = torch.empty(3072, 1536 // size, dtype=torch.float16, device="meta")
-        for rows in (1, 512):
+        for rows in (1, 32, 512):
             more = ((torch.bfloat16, "none"), (torch.float32, "tensor")) if size == 64 else ()
             for dtype, activation in ((torch.float16, "none"), (torch.float16, "token"), *more):
                 x = torch.empty(rows, 1536, dtype=dtype, device="meta")

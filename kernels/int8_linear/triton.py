@@ -1,7 +1,8 @@
 """Linears on int8 weights on a GPU: tensor-core products in int32, scales and bias in the epilogue.
 
-Rows are quantized by a kernel of their own (a row's largest value is needed before its first product), with the
-rounding of reference.py: true division, ties to even. Products are exact and the epilogue neither fuses nor reorders
+A row's largest value is needed before its first product. Where rows are few, every program reads its rows twice and
+quantizes them itself, which costs less than a launch; else a kernel of its own does it once. Both round as reference.py
+does: true division, ties to even. Products are exact and the epilogue neither fuses nor reorders
 (``enable_fp_fusion=False``), so results are the reference's, bit for bit, whatever the tiles, and a row's do not depend
 on the others. Weight-only int8 ("none") converts weights to the input's dtype, which is exact, and sums in fp32.
 
@@ -24,6 +25,7 @@ from mambacompress.kernels.int8_linear.reference import qmax_of
 from mambacompress.kernels.tile_math import SMALLEST_SCALE, codes_of, narrow, operand, tile_of, wide
 
 FEW_ROWS = 32
+QUANTIZED_INSIDE = 1 << 26  # rows x inputs x outputs: above, reading rows again and again takes longer than a launch
 FEW = [({"BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_I": 128}, 4, 4), ({"BLOCK_T": 16, "BLOCK_O": 16, "BLOCK_I": 256}, 4, 4),
        ({"BLOCK_T": 32, "BLOCK_O": 64, "BLOCK_I": 128}, 4, 4)]
 MANY = [({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 128}, 8, 3), ({"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_I": 64}, 8, 3),
@@ -47,10 +49,28 @@ def _quantize_kernel(p_x, p_static, p_codes, p_scale, x_row, inputs, qmax: tl.co
 
 
 @triton.jit
+def row_scales(p_x, p_static, o_t, mask, x_row, inputs, qmax: tl.constexpr, BLOCK_I: tl.constexpr):
+    """The scales of rows [T], those of ``_quantize_kernel``."""
+    b_largest, b_lost = tl.zeros(o_t.shape, tl.float32), tl.zeros(o_t.shape, tl.int32)
+    o_i = tl.arange(0, BLOCK_I)
+    for first in range(0, inputs, BLOCK_I):
+        b_x = wide(tl.load(p_x + o_t[:, None].to(tl.int64) * x_row + first + o_i[None, :],
+                           mask=mask[:, None] & (o_i < inputs - first)[None, :], other=0.0))  # [T, I]
+        b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_x), 1))
+        b_lost = tl.maximum(b_lost, tl.max((b_x != b_x).to(tl.int32), 1))
+    if p_static is None:
+        b_scale = tl.maximum(tl.div_rn(b_largest, tl.full(o_t.shape, qmax, tl.float32)), SMALLEST_SCALE)
+    else:
+        b_scale = tl.load(p_static).to(tl.float32) + tl.zeros(o_t.shape, tl.float32)
+    return tl.where(b_lost > 0, float("nan"), b_scale)
+
+
+@triton.jit
 def _linear_kernel(
-    p_x, p_token, p_weight, p_scale, p_bias, p_y, rows, inputs, outputs, x_row, ROWS: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    p_x, p_token, p_static, p_weight, p_scale, p_bias, p_y, rows, inputs, outputs, x_row, ROWS: tl.constexpr,
+    qmax: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):
+    """qmax: 0 for float products; else x is codes, their rows' scales at ``p_token``, or, without, quantized here."""
     i_t, i_o = tile_of(tl.program_id(0), rows, outputs, BLOCK_T, BLOCK_O, 8)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_o = i_o * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -58,19 +78,25 @@ def _linear_kernel(
     m_t, m_o = o_t < rows, o_o < outputs
     p_a = p_x + o_t[:, None].to(tl.int64) * x_row + o_i[None, :]  # [T, I]
     p_b = p_weight + o_o[None, :].to(tl.int64) * inputs + o_i[:, None]  # [I, O]
-    b_sum = tl.zeros([BLOCK_T, BLOCK_O], tl.float32 if p_token is None else tl.int32)
+    if p_token is not None:
+        b_token = tl.load(p_token + o_t, mask=m_t, other=0.0)
+    elif qmax:
+        b_token = row_scales(p_x, p_static, o_t, m_t, x_row, inputs, qmax, BLOCK_I)
+    b_sum = tl.zeros([BLOCK_T, BLOCK_O], tl.int32 if qmax else tl.float32)
     for first in range(0, inputs, BLOCK_I):
         m_i = o_i < inputs - first
         b_a = tl.load(p_a + first, mask=m_t[:, None] & m_i[None, :], other=0)
         b_w = tl.load(p_b + first, mask=m_i[:, None] & m_o[None, :], other=0)
-        if p_token is None:
+        if qmax:
+            if p_token is None:
+                b_a = codes_of(wide(b_a), b_token[:, None], qmax)
+            b_sum = tl.dot(b_a, b_w, b_sum, out_dtype=tl.int32)
+        else:
             b_a = operand(b_a)
             b_sum = tl.dot(b_a, b_w.to(b_a.dtype), b_sum, input_precision="ieee")
-        else:
-            b_sum = tl.dot(b_a, b_w, b_sum, out_dtype=tl.int32)
     b_y = b_sum.to(tl.float32) * tl.load(p_scale + o_o, mask=m_o, other=0.0)[None, :]
-    if p_token is not None:
-        b_y = b_y * tl.load(p_token + o_t, mask=m_t, other=0.0)[:, None]
+    if qmax:
+        b_y = b_y * b_token[:, None]
     if p_bias is not None:
         b_y = b_y + wide(tl.load(p_bias + o_o, mask=m_o, other=0.0))[None, :]
     tl.store(p_y + o_t[:, None].to(tl.int64) * outputs + o_o[None, :], narrow(b_y, p_y),
@@ -92,6 +118,17 @@ def quantize_rows_triton(x_TI: Tensor, act_scale: Tensor | None, act_bits: int) 
     return codes, scale
 
 
+def quantized_input(x_TI: Tensor, outputs: int, activation: str, act_scale: Tensor | None,
+                    act_bits: int) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """(x or its codes, scales of the codes' rows, static scale for what the product quantizes itself, qmax)."""
+    if activation == "none":
+        return x_TI, None, None, 0
+    static = act_scale if activation == "tensor" else None
+    if len(x_TI) <= FEW_ROWS and x_TI.numel() * outputs <= QUANTIZED_INSIDE:
+        return x_TI, None, static, qmax_of(act_bits)
+    return *quantize_rows_triton(x_TI, static, act_bits), None, qmax_of(act_bits)
+
+
 def rows_of_input(x: Tensor) -> Tensor:
     """x [..., I] as rows [T, I] without gaps inside a row."""
     x_TI = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -110,26 +147,28 @@ def int8_linear_triton(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor |
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    x_TI, token = rows_of_input(x), None
-    if activation != "none":
-        x_TI, token = quantize_rows_triton(x_TI, act_scale if activation == "tensor" else None, act_bits)
+    x_TI, token, static, qmax = quantized_input(rows_of_input(x), outputs, activation, act_scale, act_bits)
     rows = x_TI.shape[0]
     gpu.launch(
         _few_rows if rows <= FEW_ROWS else _many_rows,
         lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(outputs, meta["BLOCK_O"]),),
-        x_TI, token, qweight.contiguous(), scale.float().contiguous(), None if bias is None else bias.contiguous(), y,
-        rows, inputs, outputs, x_TI.stride(0), ROWS=rows_class(rows), enable_fp_fusion=token is None)
+        x_TI, token, static, qweight.contiguous(), scale.float().contiguous(),
+        None if bias is None else bias.contiguous(), y, rows, inputs, outputs, x_TI.stride(0), ROWS=rows_class(rows),
+        qmax=qmax, enable_fp_fusion=not qmax)
     return y
 
 
 def offline_calls() -> None:
     """Every shipped variant, on meta tensors: see ``kernels.offline``."""
     weight, scale = torch.empty(3072, 1536, dtype=torch.int8, device="meta"), torch.empty(3072, device="meta")
-    for rows in (1, 512):
+    for rows in (1, 32, 512):
         for dtype, activation in ((torch.float16, "token"), (torch.float16, "none"), (torch.bfloat16, "tensor"),
                                   (torch.float32, "token")):
+            if rows == 32 and activation == "none":
+                continue
             x = torch.empty(rows, 1536, dtype=dtype, device="meta")
             int8_linear_triton(x, weight, scale, scale.to(dtype), activation, scale[:1], 8)
 
 
-__all__ = ["int8_linear_triton", "offline_calls", "quantize_rows_triton", "rows_class", "rows_of_input"]
+__all__ = ["FEW_ROWS", "KEY", "int8_linear_triton", "offline_calls", "quantized_input", "row_scales", "rows_class",
+           "rows_of_input"]

@@ -29,15 +29,16 @@ from mambacompress.kernels.int8_linear.triton import (
     FEW_ROWS,
     KEY,
     int8_linear_triton,
-    quantize_rows_triton,
+    quantized_input,
+    row_scales,
     rows_class,
     rows_of_input,
 )
 from mambacompress.kernels.nm_linear.reference import index_bits, position_bytes, position_form
-from mambacompress.kernels.tile_math import narrow, operand, tile_of, wide
+from mambacompress.kernels.tile_math import codes_of, narrow, operand, tile_of, wide
 
 FEW = [({"BLOCK_T": 16, "BLOCK_O": 16, "BLOCK_I": 128}, 4, 2), ({"BLOCK_T": 16, "BLOCK_O": 32, "BLOCK_I": 64}, 4, 2),
-       ({"BLOCK_T": 32, "BLOCK_O": 32, "BLOCK_I": 128}, 8, 2)]
+       ({"BLOCK_T": 32, "BLOCK_O": 32, "BLOCK_I": 64}, 8, 2)]
 
 
 @triton.jit
@@ -106,14 +107,19 @@ def _expand_kernel(p_values, p_positions, p_dense, inputs, outputs, row_values, 
 @gpu.tuned(FEW, KEY)
 @triton.jit
 def _linear_kernel(
-    p_x, p_token, p_values, p_positions, p_scale, p_bias, p_y, rows, inputs, outputs, x_row, row_values, row_bytes,
-    ROWS: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    p_x, p_token, p_static, p_values, p_positions, p_scale, p_bias, p_y, rows, inputs, outputs, x_row, row_values,
+    row_bytes, ROWS: tl.constexpr, KEEP: tl.constexpr, OF: tl.constexpr, WIDTH: tl.constexpr, qmax: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):
+    """p_token, p_static, qmax: as in ``int8_linear``."""
     i_t, i_o = tile_of(tl.program_id(0), rows, outputs, BLOCK_T, BLOCK_O, 8)
     o_t, o_o = i_t * BLOCK_T + tl.arange(0, BLOCK_T), i_o * BLOCK_O + tl.arange(0, BLOCK_O)
     m_t, m_o = o_t < rows, o_o < outputs
-    b_sum = tl.zeros([BLOCK_T, BLOCK_O], tl.float32 if p_token is None else tl.int32)
+    if p_token is not None:
+        b_token = tl.load(p_token + o_t, mask=m_t, other=0.0)
+    elif qmax:
+        b_token = row_scales(p_x, p_static, o_t, m_t, x_row, inputs, qmax, BLOCK_I)
+    b_sum = tl.zeros([BLOCK_T, BLOCK_O], tl.int32 if qmax else tl.float32)
     for first in range(0, inputs, BLOCK_I):
         o_i = first + tl.arange(0, BLOCK_I)
         m_i = o_i < inputs
@@ -121,17 +127,18 @@ def _linear_kernel(
                       other=0)  # [T, I]
         b_w = tl.trans(expanded(p_values, p_positions, o_o[:, None].to(tl.int64), o_i[None, :],
                                 m_o[:, None] & m_i[None, :], row_values, row_bytes, KEEP, OF, WIDTH))  # [I, O]
-        if p_token is None:
-            b_a = operand(b_a)
-            b_w = b_w.to(b_a.dtype)
-            b_sum = tl.dot(b_a, b_w, b_sum, input_precision="ieee")
-        else:
+        if qmax:
+            if p_token is None:
+                b_a = codes_of(wide(b_a), b_token[:, None], qmax)
             b_sum = tl.dot(b_a, b_w, b_sum, out_dtype=tl.int32)
+        else:
+            b_a = operand(b_a)
+            b_sum = tl.dot(b_a, b_w.to(b_a.dtype), b_sum, input_precision="ieee")
     b_y = b_sum.to(tl.float32)
     if p_scale is not None:
         b_y = b_y * tl.load(p_scale + o_o, mask=m_o, other=0.0)[None, :]
-    if p_token is not None:
-        b_y = b_y * tl.load(p_token + o_t, mask=m_t, other=0.0)[:, None]
+    if qmax:
+        b_y = b_y * b_token[:, None]
     if p_bias is not None:
         b_y = b_y + wide(tl.load(p_bias + o_o, mask=m_o, other=0.0))[None, :]
     tl.store(p_y + o_t[:, None].to(tl.int64) * outputs + o_o[None, :], narrow(b_y, p_y),
@@ -155,7 +162,7 @@ def nm_linear_triton(x: Tensor, values: Tensor, positions: Tensor, scale: Tensor
     y = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    x_TI, token = rows_of_input(x), None
+    x_TI = rows_of_input(x)
     rows = x_TI.shape[0]
     exact = activation == "none" and x.dtype == torch.float32
     if exact or (scale is None and rows > FEW_ROWS):
@@ -165,15 +172,14 @@ def nm_linear_triton(x: Tensor, values: Tensor, positions: Tensor, scale: Tensor
     if scale is not None and rows > FEW_ROWS:
         codes = expand_triton(values, positions, keep, of, torch.int8)
         return int8_linear_triton(x, codes, scale, bias, activation, act_scale, act_bits)
-    if activation != "none":
-        x_TI, token = quantize_rows_triton(x_TI, act_scale if activation == "tensor" else None, act_bits)
+    x_TI, token, static, qmax = quantized_input(x_TI, outputs, activation, act_scale, act_bits)
     gpu.launch(
         _linear_kernel,
         lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(outputs, meta["BLOCK_O"]),), x_TI, token,
-        values.contiguous(), positions.contiguous(), None if scale is None else scale.float().contiguous(),
+        static, values.contiguous(), positions.contiguous(), None if scale is None else scale.float().contiguous(),
         None if bias is None else bias.contiguous(), y, rows, inputs, outputs, x_TI.stride(0), values.shape[1],
-        positions.shape[1], ROWS=rows_class(rows), KEEP=keep, OF=of, WIDTH=_width(keep, of),
-        enable_fp_fusion=token is None)
+        positions.shape[1], ROWS=rows_class(rows), KEEP=keep, OF=of, WIDTH=_width(keep, of), qmax=qmax,
+        enable_fp_fusion=not qmax)
     return y
 
 

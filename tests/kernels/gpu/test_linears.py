@@ -87,6 +87,22 @@ def test_sparse_sizes(device: str, dtype: torch.dtype, rows: int, groups: int, o
         assert_same(*both(nm_linear, x[None], values, positions, factors, keep=2, of=4, activation="none"), dtype)
 
 
+@pytest.mark.parametrize("options", [{}, {"activation": "tensor", "act_scale": 0.02}])
+def test_rows_quantized_outside_the_product(device: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows of a large matrix are quantized once, by a kernel of their own."""
+    options = {name: torch.tensor([v], device=device) if name == "act_scale" else v for name, v in options.items()}
+    x, (weight, scale) = torch.randn(3, 192).to(device), int8_weight(device, 37, 192)
+    codes, positions = sparse_weight(device, 37, 48, 2, 4)
+    four = torch.randint(0, 256, (37, 96), dtype=torch.uint8).to(device), torch.rand(37, 6).to(device)
+    runs = (lambda: int8_linear(x, weight, scale, **options), lambda: int4_linear(x, *four, group_size=32, **options),
+            lambda: nm_linear(x, codes, positions, scale, keep=2, of=4, **options))
+    inside = [both(run) for run in runs]
+    monkeypatch.setattr("mambacompress.kernels.int8_linear.triton.QUANTIZED_INSIDE", 0)
+    for run, (got, want) in zip(runs, inside, strict=True):
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(both(run)[0][0], want[0])
+
+
 def test_sparse_gradients(device: str) -> None:
     codes, positions = sparse_weight(device, 9, 8, 1, 4)
     assert_gradients(lambda x: nm_linear(x, codes.half(), positions, keep=1, of=4, activation="none"),
