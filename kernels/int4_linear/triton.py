@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambacompress.kernels import gpu
-from mambacompress.kernels.int8_linear.triton import quantized_input, row_scales, rows_class, rows_of_input
+from mambacompress.kernels.int8_linear.triton import quantized_input, rows_class, rows_of_input, token_scales
 from mambacompress.kernels.tile_math import codes_of, narrow, operand, tile_of, wide
 
 FEW_ROWS = 4
@@ -81,10 +81,8 @@ def _linear_kernel(
     groups = inputs // GROUP_SIZE
     p_a = p_x + o_t[:, None].to(tl.int64) * x_row + o_i[None, :]  # [T, g]
     p_b = p_weight + o_o[:, None].to(tl.int64) * (inputs // 2) + o_h[None, :]  # [O, g/2]
-    if p_token is not None:
-        b_token = tl.load(p_token + o_t, mask=m_t, other=0.0)
-    elif qmax:
-        b_token = row_scales(p_x, p_static, o_t, m_t, x_row, inputs, qmax, GROUP_SIZE)
+    if qmax:
+        b_token = token_scales(p_x, p_token, p_static, o_t, m_t, x_row, inputs, qmax, GROUP_SIZE)
     b_sum = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
     for g in range(0, groups):
         b_a = tl.load(p_a + g * GROUP_SIZE, mask=m_t[:, None], other=0)

@@ -49,20 +49,24 @@ def _quantize_kernel(p_x, p_static, p_codes, p_scale, x_row, inputs, qmax: tl.co
 
 
 @triton.jit
-def row_scales(p_x, p_static, o_t, mask, x_row, inputs, qmax: tl.constexpr, BLOCK_I: tl.constexpr):
-    """The scales of rows [T], those of ``_quantize_kernel``."""
-    b_largest, b_lost = tl.zeros(o_t.shape, tl.float32), tl.zeros(o_t.shape, tl.int32)
-    o_i = tl.arange(0, BLOCK_I)
-    for first in range(0, inputs, BLOCK_I):
-        b_x = wide(tl.load(p_x + o_t[:, None].to(tl.int64) * x_row + first + o_i[None, :],
-                           mask=mask[:, None] & (o_i < inputs - first)[None, :], other=0.0))  # [T, I]
-        b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_x), 1))
-        b_lost = tl.maximum(b_lost, tl.max((b_x != b_x).to(tl.int32), 1))
-    if p_static is None:
-        b_scale = tl.maximum(tl.div_rn(b_largest, tl.full(o_t.shape, qmax, tl.float32)), SMALLEST_SCALE)
+def token_scales(p_x, p_token, p_static, o_t, mask, x_row, inputs, qmax: tl.constexpr, BLOCK_I: tl.constexpr):
+    """The scales of rows [T]: as stored with their codes, or those that ``_quantize_kernel`` would give them."""
+    if p_token is not None:
+        b_scale = tl.load(p_token + o_t, mask=mask, other=0.0)
     else:
-        b_scale = tl.load(p_static).to(tl.float32) + tl.zeros(o_t.shape, tl.float32)
-    return tl.where(b_lost > 0, float("nan"), b_scale)
+        b_largest, b_lost = tl.zeros(o_t.shape, tl.float32), tl.zeros(o_t.shape, tl.int32)
+        o_i = tl.arange(0, BLOCK_I)
+        for first in range(0, inputs, BLOCK_I):
+            b_x = wide(tl.load(p_x + o_t[:, None].to(tl.int64) * x_row + first + o_i[None, :],
+                               mask=mask[:, None] & (o_i < inputs - first)[None, :], other=0.0))  # [T, I]
+            b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_x), 1))
+            b_lost = tl.maximum(b_lost, tl.max((b_x != b_x).to(tl.int32), 1))
+        if p_static is None:
+            b_scale = tl.maximum(tl.div_rn(b_largest, tl.full(o_t.shape, qmax, tl.float32)), SMALLEST_SCALE)
+        else:
+            b_scale = tl.load(p_static).to(tl.float32) + tl.zeros(o_t.shape, tl.float32)
+        b_scale = tl.where(b_lost > 0, float("nan"), b_scale)
+    return b_scale
 
 
 @triton.jit
@@ -78,10 +82,8 @@ def _linear_kernel(
     m_t, m_o = o_t < rows, o_o < outputs
     p_a = p_x + o_t[:, None].to(tl.int64) * x_row + o_i[None, :]  # [T, I]
     p_b = p_weight + o_o[None, :].to(tl.int64) * inputs + o_i[:, None]  # [I, O]
-    if p_token is not None:
-        b_token = tl.load(p_token + o_t, mask=m_t, other=0.0)
-    elif qmax:
-        b_token = row_scales(p_x, p_static, o_t, m_t, x_row, inputs, qmax, BLOCK_I)
+    if qmax:
+        b_token = token_scales(p_x, p_token, p_static, o_t, m_t, x_row, inputs, qmax, BLOCK_I)
     b_sum = tl.zeros([BLOCK_T, BLOCK_O], tl.int32 if qmax else tl.float32)
     for first in range(0, inputs, BLOCK_I):
         m_i = o_i < inputs - first
@@ -170,5 +172,5 @@ def offline_calls() -> None:
             int8_linear_triton(x, weight, scale, scale.to(dtype), activation, scale[:1], 8)
 
 
-__all__ = ["FEW_ROWS", "KEY", "int8_linear_triton", "offline_calls", "quantized_input", "row_scales", "rows_class",
-           "rows_of_input"]
+__all__ = ["FEW_ROWS", "KEY", "int8_linear_triton", "offline_calls", "quantized_input", "rows_class", "rows_of_input",
+           "token_scales"]

@@ -30,9 +30,9 @@ from mambacompress.kernels.int8_linear.triton import (
     KEY,
     int8_linear_triton,
     quantized_input,
-    row_scales,
     rows_class,
     rows_of_input,
+    token_scales,
 )
 from mambacompress.kernels.nm_linear.reference import index_bits, position_bytes, position_form
 from mambacompress.kernels.tile_math import codes_of, narrow, operand, tile_of, wide
@@ -115,10 +115,8 @@ def _linear_kernel(
     i_t, i_o = tile_of(tl.program_id(0), rows, outputs, BLOCK_T, BLOCK_O, 8)
     o_t, o_o = i_t * BLOCK_T + tl.arange(0, BLOCK_T), i_o * BLOCK_O + tl.arange(0, BLOCK_O)
     m_t, m_o = o_t < rows, o_o < outputs
-    if p_token is not None:
-        b_token = tl.load(p_token + o_t, mask=m_t, other=0.0)
-    elif qmax:
-        b_token = row_scales(p_x, p_static, o_t, m_t, x_row, inputs, qmax, BLOCK_I)
+    if qmax:
+        b_token = token_scales(p_x, p_token, p_static, o_t, m_t, x_row, inputs, qmax, BLOCK_I)
     b_sum = tl.zeros([BLOCK_T, BLOCK_O], tl.int32 if qmax else tl.float32)
     for first in range(0, inputs, BLOCK_I):
         o_i = first + tl.arange(0, BLOCK_I)
