@@ -43,9 +43,43 @@ static inline void each_stored(const NmLayout& at, const uint8_t* tile, Put put)
     }
 }
 
+#if MC_WIDTH == 8
+// For every mask of 8 places the shuffle that puts stored bytes, one after the other, where it has bits, and zeros elsewhere.
+struct Spread {
+    uint8_t of_mask[256][8];
+    constexpr Spread() : of_mask() {
+        for (int mask = 0; mask < 256; ++mask)
+            for (int place = 0, next = 0; place < 8; ++place) of_mask[mask][place] = mask >> place & 1 ? uint8_t(next++) : 0x80;
+    }
+};
+constexpr Spread SPREAD;
+
+// expand_rows of rows that are whole quads: two outputs' four bytes at a time.
+static inline void expand_quads(const Linear& p, const NmLayout& at, const uint8_t* tile, uint8_t* to) {
+    for (int64_t q = 0; q < at.quads; q += at.block, tile += at.block_bytes) {
+        const uint8_t* value = tile + 8 * at.block;
+        for (int64_t i = 0; i < std::min(at.block, at.quads - q); ++i) {
+            uint64_t mask = mask_at(tile + 8 * i);
+            for (uint8_t* row = to + 4 * (q + i); row < to + TILE_OUTPUTS * p.inputs; row += 2 * p.inputs, mask >>= 8) {
+                const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(value));
+                const __m128i spread = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(SPREAD.of_mask[mask & 255]));
+                const uint64_t pair = uint64_t(_mm_cvtsi128_si64(_mm_shuffle_epi8(stored, spread)));
+                const uint32_t low = uint32_t(pair), high = uint32_t(pair >> 32);
+                std::memcpy(row, &low, 4);
+                std::memcpy(row + p.inputs, &high, 4);
+                value += __builtin_popcountll(mask & 255);
+            }
+        }
+    }
+}
+#endif
+
 // The 16 outputs from `first` as rows of p.inputs bytes, in `to`.
 static inline void expand_rows(const Linear& p, int64_t first, uint8_t* to) {
     const NmLayout at(p);
+#if MC_WIDTH == 8
+    if (p.inputs % 4 == 0) return expand_quads(p, at, at.tile(p, first), to);
+#endif
     std::memset(to, 0, size_t(TILE_OUTPUTS * p.inputs));
     each_stored(at, at.tile(p, first), [&](int64_t q, int place, uint8_t byte) MC_LAMBDA {
         if (4 * q + place % 4 < p.inputs) to[place / 4 * p.inputs + 4 * q + place % 4] = byte;
