@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import mambacompress as mc
+from benchmarks.sparsity import MAPS, arguments_of_training
 from mambacompress import storage
 from mambacompress.data import read_texts
 from mambacompress.nm import Pattern
@@ -45,7 +45,7 @@ def cook(options: argparse.Namespace, vary: str, retrain: str) -> dict[str, Any]
             "training": {"steps": options.steps, "batch": options.batch, "length": options.length, "precision": "auto",
                          "learning_rate": options.rate, "warmup": min(50, options.steps // 10), "save_every": 100},
             "soup": {"replicas": options.replicas, "vary": vary, "retrain": retrain, "trained": options.trained},
-            "passes": [{"prune": {"keep": pattern.keep, "of": pattern.of, "maps": ["in_proj", "out_proj"]}}]}
+            "passes": [{"prune": {"keep": pattern.keep, "of": pattern.of, "maps": MAPS}}]}
         mc.soup(options.model, recipe, texts=read_texts(options.train), eval_texts=read_texts([options.valid]),
                 out=out, windows=options.windows, resume=work.exists(), progress=said)
     return json.loads((work / REPORT).read_text(encoding="utf-8")) | {"vary": vary, "retrain": retrain}
@@ -68,22 +68,13 @@ def rows(soups: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soups", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--train", nargs="+", required=True)
-    parser.add_argument("--valid", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pattern", default="2:4")
+    parser = arguments_of_training("benchmarks.soups", __doc__)
     parser.add_argument("--vary", default="seed,learning_rate")
     parser.add_argument("--retrain", default="SLR,LLR")
     parser.add_argument("--trained", type=int, help="steps the original was trained for: what LRW and ALLR must know")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=200)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)

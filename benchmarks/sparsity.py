@@ -185,23 +185,29 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sparsity", description=__doc__,
+def arguments_of_training(module: str, description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark that trains sparse models is told."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--train", nargs="+", required=True)
     parser.add_argument("--valid", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=200)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = arguments_of_training("benchmarks.sparsity", __doc__)
     parser.add_argument("--methods", default="dense,sr-ste,mdgf-linear,mdgf-exponential,sdgf-stepwise,sdgf-geometric,"
                                              "cast")
     parser.add_argument("--rates", default="3e-4,1e-3,3e-3")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--tokens", type=int, default=4_000_000)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--windows", type=int, default=200)
     parser.add_argument("--one-shot", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -79,9 +79,10 @@ def soup(
     tokenizer = tokenizer_of(model, tokenizer)
     host = api.load(model) if isinstance(model, str | Path) else copy.deepcopy(model)
     rows = [data.encode(tokenizer, [text] if isinstance(text, str) else text) for text in (texts, eval_texts)]
-    _same_run(work, {"recipe": json.loads(chosen.canonical_json()), "windows": windows,
-                     "texts": [storage.sha256_json(row.tolist()) for row in rows]}, process)
-    pot = _Pot(host, chosen.training, chosen.soup, prune.maps, rows[0], make_windows(rows[1], limit=windows), work,
+    judged = make_windows(rows[1], limit=windows)
+    _same_run(work, {"recipe": json.loads(chosen.canonical_json()), "windows": judged.fingerprint,
+                     **lm.Text(rows[0], chosen.training.run()).identity()}, process)
+    pot = _Pot(host, chosen.training, chosen.soup, prune.maps, rows[0], judged, work,
                progress or (lambda stage, done, total, figures: None))
     patterns = stages(chosen.training.changed(method="sdgf-stepwise", reach=None), prune.pattern)
     report = [pot.phase(i, pattern) for i, pattern in enumerate(patterns)]

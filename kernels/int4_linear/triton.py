@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mambacompress.kernels import gpu
-from mambacompress.kernels.int8_linear.triton import quantized_input, rows_class, rows_of_input, token_scales
+from mambacompress.kernels.int8_linear.triton import FEW_ROWS, quantized_input, rows_class, rows_of_input, token_scales
 from mambacompress.kernels.tile_math import codes_of, narrow, operand, tile_of, wide
 
-FEW_ROWS = 4
+ROWS_ALONE = 4
 KEY = ["ROWS", "inputs", "outputs"]
 
 
@@ -126,13 +126,13 @@ def int4_linear_triton(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor |
     scale = scale if scale.dtype in gpu.FLOATS else scale.float()
     packed = (qweight.contiguous(), scale.contiguous(), None if zero is None else zero.contiguous(),
               None if bias is None else bias.contiguous())
-    if activation == "none" and rows <= FEW_ROWS:
+    if activation == "none" and rows <= ROWS_ALONE:
         gpu.launch(_row_kernel, lambda meta: (triton.cdiv(outputs, meta["BLOCK_O"]), rows), x_TI, *packed, y, inputs,
                    outputs, inputs // group_size, x_TI.stride(0), ROWS=rows_class(rows), HALF=group_size // 2)
         return y
     x_TI, token, static, qmax = quantized_input(x_TI, outputs, activation, act_scale, act_bits)
     gpu.launch(
-        _few_rows if rows <= 32 else _many_rows,
+        _few_rows if rows <= FEW_ROWS else _many_rows,
         lambda meta: (triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(outputs, meta["BLOCK_O"]),), x_TI, token, static,
         *packed, y, rows, inputs, outputs, x_TI.stride(0), ROWS=rows_class(rows), GROUP_SIZE=group_size, qmax=qmax,
         enable_fp_fusion=not qmax)
